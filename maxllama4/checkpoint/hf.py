@@ -1,0 +1,298 @@
+"""Hugging Face folders: one table of names and layouts, used to read and to write.
+
+Weights are stored there as [out, in]; ours are [in, out] with heads apart. Reading and writing only permutes and
+reshapes, so a round trip gives back every byte, in the dtype that the file had.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from maxllama4.config import ConfigError, ModelConfig, RopeScaling, config_from_section
+from maxllama4.model.weights import Arrays, ModelTemplate
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """One tensor of a file and where it lives in the model.
+
+  `groups[i]` are the dims of our array that make up dim i of the file's tensor.
+  """
+
+  name: str
+  path: str
+  groups: tuple[tuple[int, ...], ...]
+  stack_index: int | None = None  # place along the leading axis of a stack of scanned layers
+
+  def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape in the file, given the shape of our (unstacked) array."""
+    return tuple(int(np.prod([shape[dim] for dim in group])) for group in self.groups)
+
+  def from_file(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    order = [dim for group in self.groups for dim in group]
+    return tensor.reshape([shape[dim] for dim in order]).transpose(np.argsort(order))
+
+  def to_file(self, array: np.ndarray) -> np.ndarray:
+    order = [dim for group in self.groups for dim in group]
+    return np.ascontiguousarray(array.transpose(order)).reshape(self.file_shape(array.shape))
+
+
+_SAME, _MATRIX, _TRANSPOSED = ((0,),), ((0,), (1,)), ((1,), (0,))
+_IN_PROJECTION, _OUT_PROJECTION = ((1, 2), (0,)), ((2,), (0, 1))
+_MLP = (("gate_proj", "gate"), ("up_proj", "up"), ("down_proj", "down"))
+_LAYER = (
+  ("input_layernorm.weight", "input_norm/weight", _SAME),
+  ("self_attn.q_proj.weight", "attention/query", _IN_PROJECTION),
+  ("self_attn.k_proj.weight", "attention/key", _IN_PROJECTION),
+  ("self_attn.v_proj.weight", "attention/value", _IN_PROJECTION),
+  ("self_attn.o_proj.weight", "attention/out", _OUT_PROJECTION),
+  ("post_attention_layernorm.weight", "post_attention_norm/weight", _SAME),
+)
+_DENSE = tuple(
+  (f"feed_forward.{theirs}.weight", f"feed_forward/{ours}", _TRANSPOSED) for theirs, ours in _MLP
+)
+_MOE = (
+  ("feed_forward.router.weight", "feed_forward/router/weight", _TRANSPOSED),
+  ("feed_forward.experts.gate_up_proj", "feed_forward/gate_up", ((0,), (1,), (2, 3))),
+  ("feed_forward.experts.down_proj", "feed_forward/down", ((0,), (1,), (2,))),
+  *(
+    (f"feed_forward.shared_expert.{theirs}.weight", f"feed_forward/shared_expert/{ours}", _TRANSPOSED)
+    for theirs, ours in _MLP
+  ),
+)
+
+
+def tensor_table(config: ModelConfig) -> list[Tensor]:
+  """Every tensor of a text checkpoint, in the order of the files."""
+  table = [Tensor("model.embed_tokens.weight", "embed/weight", _MATRIX)]
+  period = config.inhomogeneous_layer_cycle_interval
+  num_cycles = config.num_cycles
+  for i, kind in enumerate(config.layer_kinds):
+    cycle, place = divmod(i, period)
+    if i < num_cycles * period:
+      prefix, index = f"decoder/cycles/layers/{place}", cycle
+    else:
+      prefix, index = f"decoder/rest/layers/{i - num_cycles * period}", None
+    for name, path, groups in (*_LAYER, *(_MOE if kind.is_moe else _DENSE)):
+      table.append(Tensor(f"model.layers.{i}.{name}", f"{prefix}/{path}", groups, index))
+  table.append(Tensor("model.norm.weight", "norm/weight", _SAME))
+  if not config.tie_word_embeddings:
+    table.append(Tensor("lm_head.weight", "head/weight", _TRANSPOSED))
+  return table
+
+
+# Reading
+
+
+def read_config(folder: pathlib.Path, dtype: str) -> ModelConfig:
+  """The architecture in `folder`/config.json, to compute in `dtype`. Raises: ConfigError for what is not supported."""
+  raw = _read_json(folder / "config.json")
+  if "text_config" in raw:
+    raise ConfigError(
+      f"{folder}/config.json describes a model with a vision tower (model_type={raw.get('model_type')}), which is not"
+      " supported yet; give a text-only checkpoint."
+    )
+  return model_config_from_hf(raw, dtype, folder / "config.json")
+
+
+def model_config_from_hf(raw: dict[str, Any], dtype: str, source: pathlib.Path) -> ModelConfig:
+  """`ModelConfig` from the text part of a config.json in its old (4.51) or new (5.x) spelling."""
+  for name, only in (("model_type", "llama4_text"), ("attention_bias", False), ("hidden_act", "silu")):
+    if raw.get(name, only) != only:
+      raise ConfigError(f"{source}: {name}={raw[name]} is not supported; it must be {only}.")
+  rope = raw.get("rope_parameters") or {}
+  scaling = rope if raw.get("rope_scaling") is None else raw["rope_scaling"]
+  num_layers = raw["num_hidden_layers"]
+  nope_layers, nope_interval = _nope_layers(raw, num_layers)
+  step = raw.get("interleave_moe_layer_step", 1)
+  moe_layers = raw.get("moe_layers")
+  if moe_layers == [i for i in range(num_layers) if step and (i + 1) % step == 0]:
+    moe_layers = None
+  names = {field.name for field in dataclasses.fields(ModelConfig)}
+  section = _DEFAULTS | {name: value for name, value in raw.items() if name in names}
+  section |= {
+    "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 500000.0)),
+    "rope_scaling": _rope_scaling(scaling),
+    "nope_layers": nope_layers,
+    "nope_layer_interval": nope_interval,
+    "interleave_moe_layer_step": step,
+    "moe_layers": moe_layers,
+    "attn_temperature_tuning": bool(raw.get("attn_temperature_tuning", True)),
+    "dtype": dtype,
+    "param_dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32",
+  }
+  return config_from_section(ModelConfig, section, f"{source}: ")
+
+
+# What transformers assumes where a config.json is silent.
+_DEFAULTS = {
+  "num_key_value_heads": 8,
+  "head_dim": 128,
+  "num_experts_per_tok": 1,
+  "num_local_experts": 16,
+  "attention_chunk_size": 8192,
+  "use_qk_norm": True,
+  "floor_scale": 8192,
+  "attn_scale": 0.1,
+  "max_position_embeddings": 131072,
+  "rms_norm_eps": 1e-5,
+  "initializer_range": 0.02,
+  "tie_word_embeddings": False,
+  "bos_token_id": None,
+  "eos_token_id": None,
+  "pad_token_id": None,
+}
+
+
+def _nope_layers(raw: dict[str, Any], num_layers: int) -> tuple[list[int] | None, int]:
+  """NoPE layers as a list (None where the interval says the same) and the interval."""
+  interval = raw.get("no_rope_layer_interval") or 4
+  if raw.get("layer_types"):
+    nope = [i for i, kind in enumerate(raw["layer_types"]) if kind == "full_attention"]
+  elif raw.get("no_rope_layers"):  # 1 where RoPE is used; an empty list means the default
+    nope = [i for i, uses_rope in enumerate(raw["no_rope_layers"]) if not uses_rope]
+  else:
+    return None, interval
+  regular = [i for i in range(num_layers) if (i + 1) % interval == 0]
+  return (None if nope == regular else nope), interval
+
+
+def _rope_scaling(scaling: dict[str, Any]) -> dict[str, Any] | None:
+  if scaling.get("rope_type", "default") == "default":
+    return None
+  names = [field.name for field in dataclasses.fields(RopeScaling)]
+  return {name: scaling[name] for name in names if name in scaling}
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise ConfigError(f"{path} cannot be read ({error.strerror}); check the path.") from None
+  except ValueError as error:
+    raise ConfigError(f"{path} is not valid JSON ({error}).") from None
+
+
+def read_arrays(folder: pathlib.Path, template: ModelTemplate) -> Iterator[tuple[str, np.ndarray]]:
+  """Each array of the model with its path, one at a time, in the dtype of the file.
+
+  Raises: ConfigError listing every tensor that is missing, unexpected or of another shape, before anything is read.
+  """
+  files = _files(folder)
+  table, shapes = tensor_table(template.config), template.shapes
+  handles = {name: safe_open(path, framework="numpy") for name, path in files.items()}
+  places = {tensor: name for name, handle in handles.items() for tensor in handle.keys()}  # noqa: SIM118
+
+  def unstacked(tensor: Tensor) -> tuple[int, ...]:
+    return shapes[tensor.path].shape[0 if tensor.stack_index is None else 1 :]
+
+  problems = [f"{name} is not part of the model" for name in sorted(set(places) - {t.name for t in table})]
+  for tensor in table:
+    expected = tensor.file_shape(unstacked(tensor))
+    if tensor.name not in places:
+      problems.append(f"{tensor.name} {list(expected)} is missing")
+      continue
+    found = tuple(handles[places[tensor.name]].get_slice(tensor.name).get_shape())
+    if found != expected:
+      problems.append(f"{tensor.name} is {list(found)} where {list(expected)} was expected")
+  if problems:
+    raise ConfigError(f"{folder} does not hold the model that its config.json describes: " + "; ".join(problems) + ".")
+
+  by_path: dict[str, list[Tensor]] = {}
+  for tensor in table:
+    by_path.setdefault(tensor.path, []).append(tensor)
+  for path, tensors in by_path.items():
+    arrays = [
+      t.from_file(handles[places[t.name]].get_tensor(t.name), unstacked(t)) for t in tensors
+    ]
+    yield path, arrays[0] if tensors[0].stack_index is None else np.stack(arrays)
+
+
+def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """The safetensors files of a folder, by name; those of its index when it has one."""
+  if (folder / INDEX).exists():
+    names = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
+  else:
+    names = [SINGLE]
+  for name in names:
+    if pathlib.PurePath(name).name != name:
+      raise ConfigError(f"{folder / INDEX} names {name!r}, a file outside its folder; refuse it.")
+    if not (folder / name).exists():
+      raise ConfigError(f"{folder / name} is missing; copy the whole checkpoint folder.")
+  return {name: folder / name for name in names}
+
+
+# Writing
+
+
+def write_folder(folder: pathlib.Path, config: ModelConfig, arrays: Arrays) -> None:
+  """A folder that transformers loads: config.json and safetensors, in shards where it is large. Dtypes are kept."""
+  if any(np.any(np.asarray(value)) for path, value in arrays.items() if path.endswith("router/bias")):
+    warnings.warn(
+      "The router's balancing bias is not zero and has no place in a Hugging Face checkpoint; the exported"
+      " model chooses experts without it.",
+      stacklevel=2,
+    )
+  folder.mkdir(parents=True, exist_ok=True)
+  shards, size = [{}], 0
+  for tensor in tensor_table(config):
+    value = arrays[tensor.path]
+    value = np.asarray(value if tensor.stack_index is None else value[tensor.stack_index])
+    if size + value.nbytes > SHARD_BYTES and shards[-1]:
+      shards, size = [*shards, {}], 0
+    shards[-1][tensor.name] = tensor.to_file(value)
+    size += value.nbytes
+  names = [SINGLE]
+  if len(shards) > 1:
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+    total = sum(value.nbytes for shard in shards for value in shard.values())
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+  for name, shard in zip(names, shards):
+    save_file(shard, folder / name, metadata={"format": "pt"})
+  dtype = str(jax.tree.leaves(arrays["embed/weight"])[0].dtype)
+  _write_json(folder / "config.json", config_to_hf(config, dtype))
+
+
+def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
+  """The config.json of a text model, in the spelling of transformers 5."""
+  kinds = config.layer_kinds
+  same = (
+    "vocab_size hidden_size intermediate_size intermediate_size_mlp num_hidden_layers num_attention_heads"
+    " num_key_value_heads head_dim num_local_experts num_experts_per_tok interleave_moe_layer_step"
+    " attention_chunk_size use_qk_norm attn_temperature_tuning attn_scale max_position_embeddings rms_norm_eps"
+    " initializer_range tie_word_embeddings bos_token_id eos_token_id pad_token_id"
+  ).split()
+  rope = {"rope_type": "default"} if config.rope_scaling is None else dataclasses.asdict(config.rope_scaling)
+  return {
+    "architectures": ["Llama4ForCausalLM"],
+    "model_type": "llama4_text",
+    "dtype": dtype,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    **{name: getattr(config, name) for name in same},
+    "floor_scale": int(config.floor_scale) if config.floor_scale.is_integer() else config.floor_scale,
+    "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+    "no_rope_layers": [int(kind.uses_rope) for kind in kinds],
+    "layer_types": ["chunked_attention" if kind.uses_rope else "full_attention" for kind in kinds],
+    "moe_layers": [i for i, kind in enumerate(kinds) if kind.is_moe],
+  }
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+  os.replace(temporary, path)

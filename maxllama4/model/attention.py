@@ -1,0 +1,166 @@
+"""Grouped-query attention: chunked with RoPE, or global with NoPE and temperature; and the one rule of who sees whom."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from maxllama4.config import ModelConfig
+from maxllama4.model.kv_cache import EMPTY, LayerCache, store_prompt, store_step
+from maxllama4.model.norms import rms_normalize
+from maxllama4.model.rope import half_split, rope_tables, rotate
+from maxllama4.sharding import constrain, weight
+
+# A row of queries is cut into at most so many blocks, each of which meets only the keys that it could see.
+MAX_QUERY_BLOCKS = 16
+MIN_QUERY_BLOCK = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+  """Where each token of a batch stands; the same for every layer.
+
+  `positions` count up by one from token to token of a segment; segment 0 is padding.
+  """
+
+  positions: Int[Array, "B T"]
+  segment_ids: Int[Array, "B T"]
+  cos: Float[Array, "B T half"]
+  sin: Float[Array, "B T half"]
+
+  @classmethod
+  def of(cls, positions, segment_ids, config: ModelConfig) -> "Sequences":
+    return cls(positions, segment_ids, *rope_tables(positions, config))
+
+  @property
+  def valid(self) -> Bool[Array, "B T"]:
+    return self.segment_ids > 0
+
+
+def attention_mask(
+  query_positions: Int[Array, "B T"],
+  key_positions: Int[Array, "B S"],
+  query_segments: Int[Array, "B T"],
+  key_segments: Int[Array, "B S"],
+  chunk_size: int | None,
+) -> Bool[Array, "B T S"]:
+  """True where a query may see a key: same segment, not later, and, with `chunk_size`, in the same chunk of positions."""
+  query, key = query_positions[:, :, None], key_positions[:, None, :]
+  same = (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments[:, None, :] > 0)
+  mask = same & (key <= query)
+  return mask if chunk_size is None else mask & (key // chunk_size == query // chunk_size)
+
+
+def attend(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+  """softmax(q k / sqrt(H)) v over the keys that `mask` lets through; scores and softmax in float32.
+
+  A query that sees nothing (padding) gets some finite value.
+  """
+  batch, length, heads, size = q.shape
+  q = q.reshape(batch, length, k.shape[2], -1, size) * jnp.asarray(size**-0.5, q.dtype)
+  scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+  scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(batch, length, heads, size)
+
+
+def self_attend(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K H"],
+  sequences: Sequences,
+  chunk_size: int | None,
+) -> Float[Array, "B T N H"]:
+  """`attend` of a batch to itself, in blocks of queries: keys that come later or lie a chunk back are not touched."""
+  length = q.shape[1]
+  block = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
+  positions, segments = sequences.positions, sequences.segment_ids
+  outputs = []
+  for start in range(0, length, block):
+    stop = min(start + block, length)
+    first = 0 if chunk_size is None else max(0, start - chunk_size)
+    mask = attention_mask(
+      positions[:, start:stop],
+      positions[:, first:stop],
+      segments[:, start:stop],
+      segments[:, first:stop],
+      chunk_size,
+    )
+    outputs.append(attend(q[:, start:stop], k[:, first:stop], v[:, first:stop], mask))
+  return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+class Attention(nnx.Module):
+  """One attention sub-block, chunked with RoPE (`uses_rope`) or global with NoPE, in the dtype of its input."""
+
+  def __init__(self, config: ModelConfig, *, uses_rope: bool, rngs: nnx.Rngs):
+    dim, size = config.hidden_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    self.query = weight(rngs, (dim, heads, size), ("embed", "heads", None), config)
+    self.key = weight(rngs, (dim, kv_heads, size), ("embed", "kv_heads", None), config)
+    self.value = weight(rngs, (dim, kv_heads, size), ("embed", "kv_heads", None), config)
+    self.out = weight(rngs, (heads, size, dim), ("heads", None, "embed"), config)
+    self.config, self.uses_rope = config, uses_rope
+
+  @property
+  def chunk_size(self) -> int | None:
+    return self.config.attention_chunk_size if self.uses_rope else None
+
+  def __call__(
+    self, x: Float[Array, "B T D"], sequences: Sequences, cache: LayerCache | None = None
+  ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    """The sub-block's output and, given a cache, the cache with this call's keys and values.
+
+    With a cache, T > 1 is a whole prompt and the cache is empty; T = 1 is the next token of every row.
+    """
+    q, k, v = self.project(x, sequences)
+    if cache is not None and x.shape[1] == 1:
+      cache = store_step(cache, k, v, sequences.positions)
+      filled = (cache.positions != EMPTY).astype(jnp.int32)
+      mask = attention_mask(
+        sequences.positions,
+        cache.positions,
+        jnp.ones_like(sequences.positions),
+        filled,
+        self.chunk_size,
+      )
+      y = attend(q, cache.key, cache.value, mask)
+    else:
+      y = self_attend(q, k, v, sequences, self.chunk_size)
+      cache = None if cache is None else store_prompt(cache, k, v, sequences.valid)
+    y = checkpoint_name(y, "attention")
+    return jnp.einsum("BTNH,NHD->BTD", y, self.out.astype(x.dtype)), cache
+
+  def project(
+    self, x: Float[Array, "B T D"], sequences: Sequences
+  ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Queries, keys and values, as scores use them."""
+    config = self.config
+    weights = [w.astype(x.dtype) for w in (self.query, self.key, self.value)]
+    if self.uses_rope:
+      weights[:2] = [half_split(w) for w in weights[:2]]
+    q, k, v = (jnp.einsum("BTD,DNH->BTNH", x, w) for w in weights)
+    if self.uses_rope:
+      q, k = (rotate(z, sequences.cos, sequences.sin) for z in (q, k))
+      if config.use_qk_norm:
+        q, k = (rms_normalize(z, config.rms_norm_eps) for z in (q, k))
+    elif config.attn_temperature_tuning:
+      q = (q * temperature(sequences.positions, config)[:, :, None, None]).astype(q.dtype)
+    q = constrain(q, ("batch", "length", "heads", None))
+    k, v = (constrain(z, ("batch", None, "kv_heads", None)) for z in (k, v))
+    return q, k, v
+
+
+def temperature(positions: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T"]:
+  """Factor on the queries of NoPE layers, growing with the logarithm of the position; float32."""
+  steps = jnp.floor((positions.astype(jnp.float32) + 1) / config.floor_scale)
+  return 1 + config.attn_scale * jnp.log1p(steps)

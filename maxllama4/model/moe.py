@@ -1,0 +1,187 @@
+"""Mixture of experts: router, dispatch, expert products, combine. No token is dropped.
+
+A token's score multiplies what goes into its experts, not what comes out, and is the sigmoid of the router's logit:
+scores of several experts do not compete.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from maxllama4.config import ModelConfig
+from maxllama4.kernels.grouped_matmul import grouped_matmul
+from maxllama4.model.mlp import GatedMLP
+from maxllama4.sharding import MeshContext, current_mesh, weight
+
+
+class RouterBias(nnx.Variable):
+  """Float32 [E], added to the router's logits for the choice of experts only; moved by counts, not by gradients."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterStatistics:
+  """Sums over the tokens that are no padding, so that parts of a batch add up; divide once, by all their tokens."""
+
+  load: Float[Array, "... E"]  # rows that each expert got
+  balance: Float[Array, "..."]  # Switch balance loss of each row of the batch, times its tokens
+  z: Float[Array, "..."]  # squared logsumexp of the router's logits
+
+
+class Router(nnx.Module):
+  """Chooses the `num_experts_per_tok` experts with the largest logits for each token. Float32 throughout."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    experts = config.num_local_experts
+    self.weight = weight(rngs, (config.hidden_size, experts), ("embed", None), config)
+    self.bias = RouterBias(jnp.zeros((experts,), jnp.float32), logical_axes=(None,))
+    self.choices = config.num_experts_per_tok
+
+  def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
+    return jnp.einsum(
+      "BTD,DE->BTE", x, self.weight.astype(x.dtype), preferred_element_type=jnp.float32
+    )
+
+  def __call__(
+    self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"]
+  ) -> tuple[Int[Array, "B T C"], Float[Array, "B T C"], RouterStatistics]:
+    """Experts (E where the token is padding), their scores, and the batch's statistics."""
+    logits = self.logits(x)
+    biased = jax.lax.stop_gradient(logits) + self.bias.get_value()
+    experts = jax.lax.top_k(biased, self.choices)[1]
+    scores = jax.nn.sigmoid(jnp.take_along_axis(logits, experts, axis=-1))
+    experts = jnp.where(valid[..., None], experts, logits.shape[-1])
+    return experts, scores, router_statistics(logits, experts, valid)
+
+
+def router_statistics(
+  logits: Float[Array, "B T E"], experts: Int[Array, "B T C"], valid: Bool[Array, "B T"]
+) -> RouterStatistics:
+  """What balance losses and metrics need, from one layer's routing.
+
+  The balance loss E * sum_e(share of choices e got * mean probability of e) is taken row by row of the batch and
+  averaged over tokens: it is 1 when even, and does not depend on how rows are spread over devices or microbatches.
+  Source: Switch Transformer, arXiv:2101.03961, equations 4-6.
+  """
+  num_experts = logits.shape[-1]
+  chosen = jax.nn.one_hot(experts, num_experts).sum(2)  # B T E; padding's choice, E, counts nowhere
+  counts = chosen.sum(1)  # B E
+  keep = valid[..., None].astype(jnp.float32)
+  probabilities = (jax.nn.softmax(logits) * keep).sum(1)  # B E
+  choices = jnp.maximum(counts.sum(-1), 1)
+  balance = num_experts * (counts / choices[:, None] * probabilities).sum()
+  z = (jax.nn.logsumexp(logits, axis=-1) ** 2 * valid).sum()
+  return RouterStatistics(load=counts.sum(0), balance=balance, z=z)
+
+
+class RoutedAndSharedMoE(nnx.Module):
+  """shared(x) + sum over chosen experts e of expert_e(score_e * x), in the dtype of `x`."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    num_experts, features = config.num_local_experts, config.intermediate_size
+    shape = (
+      num_experts,
+      config.hidden_size,
+      2,
+      features,
+    )  # gate and up side by side, each split alike
+    self.router = Router(config, rngs=rngs)
+    self.gate_up = weight(rngs, shape, ("experts", "embed", None, "ffn"), config)
+    self.down = weight(
+      rngs, (num_experts, features, config.hidden_size), ("experts", "ffn", "embed"), config
+    )
+    self.shared_expert = GatedMLP(config, features, rngs=rngs)
+
+  def __call__(
+    self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"]
+  ) -> tuple[Float[Array, "B T D"], RouterStatistics]:
+    """`valid` is False at padding, which is neither routed nor counted."""
+    experts, scores, statistics = self.router(x, valid)
+    scores = scores.astype(x.dtype)
+    gate_up, down = self.gate_up.astype(x.dtype), self.down.astype(x.dtype)
+    context = current_mesh()
+    if context is None:
+      routed = route(x, experts, scores, gate_up, down)
+    else:
+      routed = _route_on_mesh(context, x, experts, scores, gate_up, down)
+    return routed + self.shared_expert(x), statistics
+
+
+def route(
+  x: Float[Array, "B T D"],
+  experts: Int[Array, "B T C"],
+  scores: Float[Array, "B T C"],
+  gate_up: Float[Array, "E D 2 F"],
+  down: Float[Array, "E F D"],
+) -> Float[Array, "B T D"]:
+  """The sum of each token's experts. Choices outside 0..E-1 (padding, other devices' experts) give zero."""
+  batch, length, dim = x.shape
+  choices = experts.shape[-1]
+  ids = experts.reshape(-1)
+  order = jnp.argsort(ids, stable=True)  # R: sorted place -> row
+  inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
+  sizes = jnp.bincount(ids, length=gate_up.shape[0] + 1)[:-1]
+
+  rows = (x[:, :, None] * scores[..., None]).reshape(-1, dim)  # R D
+  rows = permute_rows(rows, order, inverse)
+  hidden = grouped_matmul(rows, gate_up.reshape(*gate_up.shape[:2], -1), sizes)
+  gate, up = jnp.split(hidden, 2, axis=-1)
+  rows = grouped_matmul(jax.nn.silu(gate) * up, down, sizes)
+  return permute_rows(rows, inverse, order).reshape(batch, length, choices, dim).sum(2)
+
+
+@jax.custom_vjp
+def permute_rows(
+  rows: Float[Array, "R D"], order: Int[Array, " R"], inverse: Int[Array, " R"]
+) -> Float[Array, "R D"]:
+  """rows[order]; its gradient is a gather by `inverse` where automatic differentiation would scatter."""
+  return rows[order]
+
+
+permute_rows.defvjp(
+  lambda rows, order, inverse: (rows[order], inverse),
+  lambda inverse, gradient: (gradient[inverse], None, None),
+)
+
+
+def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
+  """`route` with experts spread over a mesh axis: gather the tokens of that axis, apply one's own experts, add up.
+
+  Every device of the experts' axis sees all the tokens of its group ("ring" expert parallelism): shapes are static and
+  nothing is dropped. The features of an expert may be split too; their partial sums are added.
+  """
+  (expert_axis,) = context.axes_of("experts") or (None,)
+  sum_axes = context.axes_of("ffn")
+  gathers = expert_axis is not None and expert_axis in context.axes_of("batch")
+  local_experts = gate_up.shape[0] // context.size("experts")
+
+  def local(x, experts, scores, gate_up, down):
+    if gathers:
+      x, experts, scores = jax.lax.all_gather((x, experts, scores), expert_axis, tiled=True)
+    if expert_axis is not None:
+      experts = experts - jax.lax.axis_index(expert_axis) * local_experts
+      experts = jnp.where((experts >= 0) & (experts < local_experts), experts, local_experts)
+    y = route(x, experts, scores, gate_up, down)
+    if sum_axes:
+      y = jax.lax.psum(y, sum_axes)
+    if gathers:
+      return jax.lax.psum_scatter(y, expert_axis, tiled=True)
+    return y if expert_axis is None else jax.lax.psum(y, expert_axis)
+
+  tokens = context.spec(("batch", "length", None))
+  return jax.shard_map(
+    local,
+    mesh=context.mesh,
+    in_specs=(
+      tokens,
+      tokens,
+      tokens,
+      context.spec(("experts", None, None, "ffn")),
+      context.spec(("experts", "ffn", None)),
+    ),
+    out_specs=tokens,
+    check_vma=False,
+  )(x, experts, scores, gate_up, down)

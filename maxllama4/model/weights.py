@@ -1,0 +1,69 @@
+"""A model taken apart into a flat dictionary of arrays by path, and put together again.
+
+The dictionary (`"decoder/cycles/layers/0/attention/query" -> array`) is what optimizers, checkpoints and conversions
+work on; a `ModelTemplate` is everything else about the model.
+"""
+
+import jax
+from flax import nnx
+
+from maxllama4.config import ModelConfig
+from maxllama4.model.llama4 import Llama4ForCausalLM
+from maxllama4.sharding import MeshContext, variable_axes
+
+Arrays = dict[str, jax.Array]
+
+
+class ModelTemplate:
+  """The structure of a `Llama4ForCausalLM` of `config`; holds no weights and touches no device."""
+
+  def __init__(self, config: ModelConfig):
+    self.config = config
+    model = nnx.eval_shape(lambda: Llama4ForCausalLM(config, rngs=nnx.Rngs(0)))
+    self._graph, state = nnx.split(model)
+    self._variables = {path: variable for path, variable in nnx.to_flat_state(state)}
+
+  @property
+  def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and fresh dtype of every array, by path."""
+    return {
+      _name(path): jax.ShapeDtypeStruct(v.get_value().shape, v.get_value().dtype)
+      for path, v in self._variables.items()
+    }
+
+  @property
+  def axes(self) -> dict[str, tuple[str | None, ...]]:
+    """Logical axes of every array, by path."""
+    return {_name(path): variable_axes(variable) for path, variable in self._variables.items()}
+
+  @property
+  def trainable(self) -> frozenset[str]:
+    """Paths of the arrays that gradients move."""
+    return frozenset(_name(path) for path, v in self._variables.items() if isinstance(v, nnx.Param))
+
+  def model(self, arrays: Arrays) -> Llama4ForCausalLM:
+    """The model with these weights."""
+    flat = [(path, v.replace(arrays[_name(path)])) for path, v in self._variables.items()]
+    return nnx.merge(self._graph, nnx.from_flat_state(flat))
+
+  def init(self, key: jax.Array, context: MeshContext | None = None) -> Arrays:
+    """Fresh weights, made already sharded: no device or host ever holds more than its part."""
+
+    def make(key):
+      return arrays_of(Llama4ForCausalLM(self.config, rngs=nnx.Rngs(params=key)))
+
+    shardings = None if context is None else self.shardings(context)
+    return jax.jit(make, out_shardings=shardings)(key)
+
+  def shardings(self, context: MeshContext) -> dict[str, jax.sharding.NamedSharding]:
+    return {name: context.sharding(axes) for name, axes in self.axes.items()}
+
+
+def arrays_of(model: Llama4ForCausalLM) -> Arrays:
+  """The weights of `model`, by path."""
+  state = nnx.split(model)[1]
+  return {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+
+
+def _name(path: tuple) -> str:
+  return "/".join(map(str, path))

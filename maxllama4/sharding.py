@@ -1,0 +1,107 @@
+"""Logical axis names on weights and activations, and the one place that turns them into mesh axes.
+
+A layer says what its dimensions are (`("embed", "ffn")`); `mesh.rules` of the configuration says which mesh axes split
+them. Outside `use_mesh` nothing is constrained and a layer computes on one device.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from maxllama4.config import LOGICAL_AXES, MeshConfig, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshContext:
+  """A mesh and the rules that lay logical axes over it."""
+
+  mesh: jax.sharding.Mesh
+  rules: MeshConfig
+
+  def axes_of(self, logical: str | None) -> tuple[str, ...]:
+    """Mesh axes of one logical axis. Raises: KeyError for a name that is not in `LOGICAL_AXES`."""
+    if logical is None:
+      return ()
+    if logical not in LOGICAL_AXES:
+      raise KeyError(f"{logical!r} is not a logical axis; the axes are {', '.join(LOGICAL_AXES)}")
+    return self.rules.axes_of(logical)
+
+  def spec(self, axes: tuple[str | None, ...]) -> PartitionSpec:
+    return PartitionSpec(*(self.axes_of(axis) or None for axis in axes))
+
+  def sharding(self, axes: tuple[str | None, ...]) -> NamedSharding:
+    return NamedSharding(self.mesh, self.spec(axes))
+
+  def size(self, logical: str) -> int:
+    """In how many parts the mesh splits `logical`."""
+    return math.prod(self.mesh.shape[axis] for axis in self.axes_of(logical))
+
+
+_CONTEXT: contextvars.ContextVar[MeshContext | None] = contextvars.ContextVar(
+  "mesh_context", default=None
+)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: jax.sharding.Mesh, rules: MeshConfig) -> Iterator[MeshContext]:
+  """Layers traced inside place their arrays on `mesh` by `rules`."""
+  context = MeshContext(mesh, rules)
+  token = _CONTEXT.set(context)
+  try:
+    yield context
+  finally:
+    _CONTEXT.reset(token)
+
+
+def current_mesh() -> MeshContext | None:
+  """The context of the innermost `use_mesh`; None on a single device."""
+  context = _CONTEXT.get()
+  return context if context is not None and context.mesh.size > 1 else None
+
+
+def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+  """`x`, laid over the mesh as `axes` say (one name, or None for whole, a dimension)."""
+  context = current_mesh()
+  if context is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, context.sharding(axes))
+
+
+def weight(
+  rngs: nnx.Rngs,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+  config: ModelConfig,
+  scale: float = 1.0,
+) -> nnx.Param:
+  """A fresh weight in `param_dtype`: normal, standard deviation `scale * initializer_range`, axes named `axes`."""
+  value = scale * config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
+  return nnx.Param(value.astype(config.param_dtype), logical_axes=axes)
+
+
+def ones(size: int, config: ModelConfig) -> nnx.Param:
+  """A norm's weight, [size], in `param_dtype`."""
+  return nnx.Param(jnp.ones((size,), config.param_dtype), logical_axes=(None,))
+
+
+def variable_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
+  """Logical axes of a variable's value; a stack of layers carries `layers` in front."""
+  axes = tuple(variable.get_metadata("logical_axes"))
+  return ("layers",) * (variable.get_value().ndim - len(axes)) + axes
+
+
+def state_shardings(state: Any, context: MeshContext) -> Any:
+  """A tree like the NNX state `state` with a `NamedSharding` in place of each value."""
+  return jax.tree.map(
+    lambda variable: variable.replace(context.sharding(variable_axes(variable))),
+    state,
+    is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+  )
