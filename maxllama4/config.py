@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -518,8 +519,14 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
 def config_to_dict(config: Config) -> dict[str, Any]:
   """Plain nested values in the layout of the YAML files."""
   tree = _plain(dataclasses.asdict(config))
-  dtypes = {name: tree["model"].pop(name) for name in ("dtype", "param_dtype")}
-  return {"model": tree.pop("model"), **dtypes, **tree}
+  return {**model_to_section(config.model), **{k: v for k, v in tree.items() if k != "model"}}
+
+
+def model_to_section(model: ModelConfig) -> dict[str, Any]:
+  """The top of a YAML file that describes `model`: its section and the dtypes."""
+  section = _plain(dataclasses.asdict(model))
+  dtypes = {name: section.pop(name) for name in ("dtype", "param_dtype")}
+  return {"model": section, **dtypes}
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -641,10 +648,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 def _scalar(hint: type, value: Any, path: str) -> Any:
   if hint is float and isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
-    try:
+    with contextlib.suppress(ValueError):
       value = float(value)
-    except ValueError:
-      pass
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
   if hint is int and isinstance(value, float) and value.is_integer():

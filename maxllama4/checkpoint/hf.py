@@ -12,13 +12,12 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from maxllama4.config import ConfigError, ModelConfig, RopeScaling, config_from_section
-from maxllama4.model.weights import Arrays, ModelTemplate
+from maxllama4.model.weights import Arrays, ModelTemplate, layer_place
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -69,7 +68,11 @@ _MOE = (
   ("feed_forward.experts.gate_up_proj", "feed_forward/gate_up", ((0,), (1,), (2, 3))),
   ("feed_forward.experts.down_proj", "feed_forward/down", ((0,), (1,), (2,))),
   *(
-    (f"feed_forward.shared_expert.{theirs}.weight", f"feed_forward/shared_expert/{ours}", _TRANSPOSED)
+    (
+      f"feed_forward.shared_expert.{theirs}.weight",
+      f"feed_forward/shared_expert/{ours}",
+      _TRANSPOSED,
+    )
     for theirs, ours in _MLP
   ),
 )
@@ -78,14 +81,8 @@ _MOE = (
 def tensor_table(config: ModelConfig) -> list[Tensor]:
   """Every tensor of a text checkpoint, in the order of the files."""
   table = [Tensor("model.embed_tokens.weight", "embed/weight", _MATRIX)]
-  period = config.inhomogeneous_layer_cycle_interval
-  num_cycles = config.num_cycles
   for i, kind in enumerate(config.layer_kinds):
-    cycle, place = divmod(i, period)
-    if i < num_cycles * period:
-      prefix, index = f"decoder/cycles/layers/{place}", cycle
-    else:
-      prefix, index = f"decoder/rest/layers/{i - num_cycles * period}", None
+    prefix, index = layer_place(config, i)
     for name, path, groups in (*_LAYER, *(_MOE if kind.is_moe else _DENSE)):
       table.append(Tensor(f"model.layers.{i}.{name}", f"{prefix}/{path}", groups, index))
   table.append(Tensor("model.norm.weight", "norm/weight", _SAME))
@@ -110,7 +107,11 @@ def read_config(folder: pathlib.Path, dtype: str) -> ModelConfig:
 
 def model_config_from_hf(raw: dict[str, Any], dtype: str, source: pathlib.Path) -> ModelConfig:
   """`ModelConfig` from the text part of a config.json in its old (4.51) or new (5.x) spelling."""
-  for name, only in (("model_type", "llama4_text"), ("attention_bias", False), ("hidden_act", "silu")):
+  for name, only in (
+    ("model_type", "llama4_text"),
+    ("attention_bias", False),
+    ("hidden_act", "silu"),
+  ):
     if raw.get(name, only) != only:
       raise ConfigError(f"{source}: {name}={raw[name]} is not supported; it must be {only}.")
   rope = raw.get("rope_parameters") or {}
@@ -199,7 +200,9 @@ def read_arrays(folder: pathlib.Path, template: ModelTemplate) -> Iterator[tuple
   def unstacked(tensor: Tensor) -> tuple[int, ...]:
     return shapes[tensor.path].shape[0 if tensor.stack_index is None else 1 :]
 
-  problems = [f"{name} is not part of the model" for name in sorted(set(places) - {t.name for t in table})]
+  problems = [
+    f"{name} is not part of the model" for name in sorted(set(places) - {t.name for t in table})
+  ]
   for tensor in table:
     expected = tensor.file_shape(unstacked(tensor))
     if tensor.name not in places:
@@ -209,7 +212,11 @@ def read_arrays(folder: pathlib.Path, template: ModelTemplate) -> Iterator[tuple
     if found != expected:
       problems.append(f"{tensor.name} is {list(found)} where {list(expected)} was expected")
   if problems:
-    raise ConfigError(f"{folder} does not hold the model that its config.json describes: " + "; ".join(problems) + ".")
+    raise ConfigError(
+      f"{folder} does not hold the model that its config.json describes: "
+      + "; ".join(problems)
+      + "."
+    )
 
   by_path: dict[str, list[Tensor]] = {}
   for tensor in table:
@@ -240,7 +247,9 @@ def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def write_folder(folder: pathlib.Path, config: ModelConfig, arrays: Arrays) -> None:
   """A folder that transformers loads: config.json and safetensors, in shards where it is large. Dtypes are kept."""
-  if any(np.any(np.asarray(value)) for path, value in arrays.items() if path.endswith("router/bias")):
+  if any(
+    np.any(np.asarray(value)) for path, value in arrays.items() if path.endswith("router/bias")
+  ):
     warnings.warn(
       "The router's balancing bias is not zero and has no place in a Hugging Face checkpoint; the exported"
       " model chooses experts without it.",
@@ -263,7 +272,7 @@ def write_folder(folder: pathlib.Path, config: ModelConfig, arrays: Arrays) -> N
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
   for name, shard in zip(names, shards):
     save_file(shard, folder / name, metadata={"format": "pt"})
-  dtype = str(jax.tree.leaves(arrays["embed/weight"])[0].dtype)
+  dtype = str(arrays["embed/weight"].dtype)
   _write_json(folder / "config.json", config_to_hf(config, dtype))
 
 
@@ -276,7 +285,11 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     " attention_chunk_size use_qk_norm attn_temperature_tuning attn_scale max_position_embeddings rms_norm_eps"
     " initializer_range tie_word_embeddings bos_token_id eos_token_id pad_token_id"
   ).split()
-  rope = {"rope_type": "default"} if config.rope_scaling is None else dataclasses.asdict(config.rope_scaling)
+  rope = (
+    {"rope_type": "default"}
+    if config.rope_scaling is None
+    else dataclasses.asdict(config.rope_scaling)
+  )
   return {
     "architectures": ["Llama4ForCausalLM"],
     "model_type": "llama4_text",
@@ -284,7 +297,9 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     "hidden_act": "silu",
     "attention_bias": False,
     **{name: getattr(config, name) for name in same},
-    "floor_scale": int(config.floor_scale) if config.floor_scale.is_integer() else config.floor_scale,
+    "floor_scale": int(config.floor_scale)
+    if config.floor_scale.is_integer()
+    else config.floor_scale,
     "rope_parameters": {**rope, "rope_theta": config.rope_theta},
     "no_rope_layers": [int(kind.uses_rope) for kind in kinds],
     "layer_types": ["chunked_attention" if kind.uses_rope else "full_attention" for kind in kinds],

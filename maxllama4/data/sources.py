@@ -162,8 +162,12 @@ class TfdsDocuments:
       self._records = tfds.data_source(
         data.tfds_name, split="train", data_dir=data.tfds_dir, download=False
       )
-    except (tfds.core.DatasetNotFoundError, AssertionError, OSError, ValueError) as error:
-      reason = " ".join(str(error).split())[:300]
+    except (
+      tfds.core.DatasetNotFoundError,
+      AssertionError,  # known to tfds, but not prepared there
+      NotImplementedError,  # prepared as another format
+    ) as error:
+      reason = str(error).split("\n")[0].split(". ")[0].strip(".")
       raise ConfigError(
         f"{where}: no such dataset is prepared there as array_record ({reason}); prepare it with"
         " tfds build --file_format=array_record, or correct the two settings."
@@ -204,7 +208,8 @@ def list_files(data: DataConfig) -> list[TextFile]:
     if not found:
       raise ConfigError(
         f"data.paths[{position}]={entry} names no file that data.exclude={list(data.exclude)} leaves;"
-        " correct the path (relative ones start at the working directory), or drop the entry."
+        f" correct the path (relative ones start at the working directory; of a folder, {', '.join(FOLDER_SUFFIXES)} are"
+        " read), or drop the entry."
       )
     for file in sorted(found, key=lambda file: file.name):
       files.setdefault(os.path.realpath(file.path), file)
@@ -239,10 +244,8 @@ class _Glob:
 
   def __init__(self, pattern: str):
     self.depth = None if "**" in pattern else pattern.count("/") + 1  # folders deep it can match
-    self._regex = re.compile(_glob_regex(pattern), re.DOTALL)
-    self._folder = (
-      re.compile(_glob_regex(pattern[:-3]), re.DOTALL) if pattern[-3:] == "/**" else None
-    )
+    self._regex = _glob_regex(pattern)
+    self._folder = _glob_regex(pattern[:-3]) if pattern.endswith("/**") else None
 
   def matches(self, name: str) -> bool:
     return self._regex.fullmatch(name) is not None
@@ -251,7 +254,7 @@ class _Glob:
     return self._folder is not None and self._folder.fullmatch(folder) is not None
 
 
-def _glob_regex(pattern: str) -> str:
+def _glob_regex(pattern: str) -> re.Pattern[str]:
   meanings = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
   tokens = re.split(r"(\*\*/|\*\*|\*|\?|\[!?\]?[^\]/]*\])", pattern)
   pieces = []
@@ -261,7 +264,12 @@ def _glob_regex(pattern: str) -> str:
       pieces.append(f"[^{inside[1:]}]" if inside.startswith("!") else f"[{inside}]")
     else:
       pieces.append(meanings.get(token, re.escape(token)))
-  return "".join(pieces)
+  try:
+    return re.compile("".join(pieces), re.DOTALL)
+  except re.error as error:
+    raise ConfigError(
+      f"data.paths or data.exclude: {pattern} is not a glob ({error}); correct its [...]."
+    ) from None
 
 
 def _walk(root: pathlib.Path, exclude: Sequence[_Glob], depth: int | None) -> Iterator[str]:
@@ -288,8 +296,7 @@ def _walk(root: pathlib.Path, exclude: Sequence[_Glob], depth: int | None) -> It
         if not any(glob.matches(name) for glob in exclude):
           yield name
       elif entry.is_dir() and (depth is None or name.count("/") + 1 < depth):
-        if not any(glob.matches_all_below(name) for glob in exclude):
-          pending.append(name)
+        pending += [] if any(glob.matches_all_below(name) for glob in exclude) else [name]
 
 
 def _json_lines(file: TextFile) -> Iterator[tuple[int, int]]:
@@ -309,8 +316,8 @@ def _text_of(line: str, field: str, where: str) -> str:
   """The value of `field` in the JSON object `line`."""
   try:
     record = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise DataError(f"{where}: not valid JSON ({error.msg}, column {error.colno}).") from None
+  except (ValueError, RecursionError) as error:
+    raise DataError(f"{where}: not valid JSON ({error}).") from None
   if not isinstance(record, dict):
     raise DataError(f"{where}: a JSON {type(record).__name__}, not an object with a text in it.")
   text = record.get(field)

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
 import sentencepiece
 
 from maxllama4.config import ConfigError
@@ -36,8 +37,9 @@ class Tokenizer(Protocol):
   vocab_size: int
   bos_token_id: int  # before every document
   eos_token_id: int  # after every document
-  pad_token_id: int  # fills a row; never seen by the model's loss
+  pad_token_id: int  # fills a row; never a target that counts
   stop_token_ids: tuple[int, ...]  # end a generated text
+  token_num_bytes: np.ndarray  # int32 [V]: UTF-8 bytes that each id stands for; 0 for special ids
 
   def encode(self, text: str) -> list[int]: ...
 
@@ -86,6 +88,7 @@ class SentencePieceTokenizer:
     pad = self._model.pad_id()
     self.pad_token_id: int = pad if pad >= 0 else self.eos_token_id
     self.stop_token_ids: tuple[int, ...] = (self.eos_token_id,)
+    self.token_num_bytes = np.array([self._num_bytes(i) for i in range(self.vocab_size)], np.int32)
     self._mark_ids = self._ids_of_space_mark()
 
   def encode(self, text: str) -> list[int]:
@@ -102,6 +105,13 @@ class SentencePieceTokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     """Text of `ids`; special ids write nothing, bytes that are not UTF-8 write U+FFFD."""
     return self._model.decode([int(i) for i in ids])
+
+  def _num_bytes(self, token_id: int) -> int:
+    if self._model.is_byte(token_id):
+      return 1
+    if self._model.is_control(token_id) or self._model.is_unknown(token_id):
+      return 0
+    return len(self._model.id_to_piece(token_id).replace(SPACE_MARK, " ").encode("utf-8"))
 
   def _ids_of_space_mark(self) -> list[int] | None:
     """The byte pieces of U+2581; None where there are none, or where each text is given a leading space."""

@@ -14,6 +14,15 @@ from maxllama4.sharding import MeshContext, variable_axes
 Arrays = dict[str, jax.Array]
 
 
+def layer_place(config: ModelConfig, layer: int) -> tuple[str, int | None]:
+  """Path of layer `layer` in the model, and its index along the stack when it is scanned (else None)."""
+  cycle, place = divmod(layer, config.inhomogeneous_layer_cycle_interval)
+  if cycle < config.num_cycles:
+    return f"decoder/cycles/layers/{place}", cycle
+  scanned = config.num_cycles * config.inhomogeneous_layer_cycle_interval
+  return f"decoder/rest/layers/{layer - scanned}", None
+
+
 class ModelTemplate:
   """The structure of a `Llama4ForCausalLM` of `config`; holds no weights and touches no device."""
 

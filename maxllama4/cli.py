@@ -1,0 +1,164 @@
+"""The commands: parse, call, and one clear sentence when something is wrong."""
+
+import json
+import pathlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+import yaml
+
+from maxllama4.config import Config, ConfigError, config_to_dict, load_config, resolve_config
+
+USAGE = """usage: maxllama4 COMMAND [CONFIG.yml] [key=value ...] [--debug]
+
+  train   CONFIG.yml [key=value ...]                        train, or go on from the newest checkpoint
+  decode  [CONFIG.yml] checkpoint=PATH prompt=TEXT [...]    sample from a model
+  show    CONFIG.yml [key=value ...] [output=json]          the whole configuration, sizes and costs; needs no device
+
+Settings are dotted paths (training.steps=200), values are YAML. --debug shows the traceback of a failure.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs one command. Returns the exit code: 0, 2 for a user's mistake, 1 for any other failure."""
+  arguments = list(sys.argv[1:] if arguments is None else arguments)
+  debug = "--debug" in arguments
+  words = [word for word in arguments if word != "--debug"]
+  if not words or words[0] in ("-h", "--help", "help"):
+    print(USAGE)
+    return 0 if words else 2
+  try:
+    command = COMMANDS.get(words[0])
+    if command is None:
+      raise ConfigError(f"{words[0]!r} is not a command; the commands are {', '.join(COMMANDS)}.")
+    command(words[1:])
+  except KeyboardInterrupt:
+    print("stopped by the keyboard", file=sys.stderr)
+    return 1
+  except BrokenPipeError:
+    return 1
+  except Exception as error:
+    if debug:
+      traceback.print_exc()
+    else:
+      print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    return 2 if isinstance(error, ConfigError) else 1
+  return 0
+
+
+def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
+  """The configuration's path, if the first word is one, and the `key=value` words."""
+  path = words[0] if words and "=" not in words[0] else None
+  overrides = list(words if path is None else words[1:])
+  for word in overrides:
+    if "=" not in word:
+      raise ConfigError(f"{word!r} is not key=value; write a setting's path, =, and its value.")
+  return path, overrides
+
+
+def need_config(words: Sequence[str]) -> tuple[str, list[str]]:
+  path, overrides = split_words(words)
+  if path is None:
+    raise ConfigError("name a configuration file first, such as configs/quickstart.yml.")
+  return path, overrides
+
+
+def train_command(words: Sequence[str]) -> None:
+  path, overrides = need_config(words)
+  config = load_config(path, overrides)
+  from maxllama4.training.loop import (
+    train,
+  )  # imported late: `show` and `--help` should not wait for it
+
+  train(config)
+
+
+def decode_command(words: Sequence[str]) -> None:
+  from maxllama4.checkpoint.folders import find_run, load_model
+  from maxllama4.data.tokenizer import load_tokenizer
+  from maxllama4.decoding.request import answer, split_overrides
+
+  path, overrides = split_words(words)
+  request, overrides = split_overrides(overrides)
+  config = None if path is None else load_config(path, overrides)
+  if config is None and overrides:
+    raise ConfigError(f"{overrides[0]} is a setting of a configuration file, and none is given.")
+  checkpoint = request.checkpoint or (config and config.run_dir)
+  if not checkpoint:
+    raise ConfigError("name a model: checkpoint=PATH, or a configuration whose run_dir holds one.")
+  folder = pathlib.Path(checkpoint)
+  model = load_model(folder, dtype="float32" if config is None else config.model.dtype)
+  if config is not None and config.data.tokenizer:
+    tokenizer = load_tokenizer(config.data.tokenizer)
+  else:
+    tokenizer = load_tokenizer(folder if (folder / "config.json").exists() else find_run(folder)[0])
+  answer(model, tokenizer, request)
+
+
+def show_command(words: Sequence[str]) -> None:
+  path, overrides = need_config(words)
+  output = [word.partition("=")[2] for word in overrides if word.startswith("output=")]
+  overrides = [word for word in overrides if not word.startswith("output=")]
+  if output[-1:] not in ([], ["text"], ["json"]):
+    raise ConfigError(f"output={output[-1]} is not one of text, json.")
+  config, origins = resolve_config(path, overrides)
+  description = describe(config, origins)
+  if output[-1:] == ["json"]:
+    print(json.dumps(description))
+  else:
+    print_description(description)
+
+
+def describe(config: Config, origins: dict[str, str]) -> dict:
+  """Settings with their origins, and what the model costs; counts, FLOPs, bytes a device."""
+  from maxllama4.model.llama4 import count_parameters, train_flops_per_token
+  from maxllama4.training.footprint import bytes_per_device
+
+  total, active = count_parameters(config.model)
+  return {
+    "settings": {
+      key: {"value": value, "origin": origins[key]} for key, value in flat_settings(config).items()
+    },
+    "parameters": {"total": total, "active": active},
+    "train_flops_per_token": train_flops_per_token(config.model, config.training.sequence_length),
+    "layers": [
+      {
+        "attention": "chunked, RoPE" if kind.uses_rope else "global, NoPE",
+        "feed_forward": "experts" if kind.is_moe else "dense",
+      }
+      for kind in config.model.layer_kinds
+    ],
+    "devices": bytes_per_device(config),
+  }
+
+
+def flat_settings(config: Config) -> dict:
+  """Every setting by its dotted path."""
+
+  def flatten(tree, prefix):
+    for name, value in tree.items():
+      if isinstance(value, dict) and value:
+        yield from flatten(value, f"{prefix}{name}.")
+      else:
+        yield f"{prefix}{name}", value
+
+  return dict(flatten(config_to_dict(config), ""))
+
+
+def print_description(description: dict) -> None:
+  settings = description["settings"]
+  width = max(map(len, settings))
+  for key, setting in settings.items():
+    value = yaml.safe_dump(setting["value"], default_flow_style=True).strip().removesuffix("\n...")
+    print(f"{key:<{width}}  {value:<28}  {setting['origin']}")
+  total, active = (description["parameters"][name] / 1e9 for name in ("total", "active"))
+  devices = description["devices"]
+  print(f"\nparameters        {total:,.4g}B, {active:,.4g}B active for a token")
+  print(f"training          {description['train_flops_per_token'] / 1e9:,.4g} GFLOP a token")
+  print(f"devices           {devices['devices']} (mesh axes of -1 counted as 1)")
+  for name in ("parameters", "optimizer", "gradients"):
+    print(f"{name:<16}  {devices[f'{name}_bytes'] / 1e9:,.4g} GB a device")
+
+
+COMMANDS = {"train": train_command, "decode": decode_command, "show": show_command}

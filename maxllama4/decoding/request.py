@@ -1,0 +1,164 @@
+"""What decode.py is asked for, and its answers as text or JSON."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
+
+from maxllama4.config import ConfigError, config_from_section, parse_override
+from maxllama4.decoding.generate import Completion, generate, stream
+from maxllama4.decoding.sampling import Sampling
+from maxllama4.model.llama4 import Llama4ForCausalLM
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeRequest:
+  """The settings of decode.py, at the top level of its command line."""
+
+  checkpoint: str | None = (
+    None  # run directory, checkpoint or Hugging Face folder; null: the configuration's run_dir
+  )
+  prompt: str | None = None
+  prompts_file: str | None = None  # one JSON object a line, {"prompt": ...}
+  max_new_tokens: int = 128
+  temperature: float = 0.8
+  top_k: int = 0
+  top_p: float = 0.95
+  seed: int = 0
+  num_samples: int = 1  # of each prompt
+  stop: tuple[str, ...] = ()  # texts that end a completion; they are not part of it
+  logprobs: bool = False
+  echo: bool = False  # text output: print the prompt before the completion
+  stream: bool = False  # text output: print pieces as they come; one prompt, one sample
+  output: str = "text"
+
+  def __post_init__(self):
+    if self.output not in ("text", "json"):
+      raise ConfigError(f"output={self.output} is not one of text, json.")
+    if (self.prompt is None) == (self.prompts_file is None):
+      raise ConfigError("give either prompt=TEXT or prompts_file=PATH.")
+    for name in ("max_new_tokens", "num_samples"):
+      if getattr(self, name) < 1:
+        raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
+    if self.stream and (
+      self.prompts_file or self.num_samples > 1 or self.output == "json" or self.stop
+    ):
+      raise ConfigError(
+        "stream=true prints one sample of one prompt as text; leave out prompts_file, num_samples, stop and output."
+      )
+    try:
+      Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+    except ValueError as error:
+      raise ConfigError(str(error)) from None
+
+  @property
+  def sampling(self) -> Sampling:
+    return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+  def prompts(self) -> list[str]:
+    """The prompts' texts. Raises: ConfigError naming the line of `prompts_file` that is not {"prompt": TEXT}."""
+    if self.prompt is not None:
+      return [self.prompt]
+    try:
+      lines = pathlib.Path(self.prompts_file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+      raise ConfigError(f"prompts_file={self.prompts_file} cannot be read ({error}).") from None
+    prompts = []
+    for number, line in enumerate(lines, 1):
+      try:
+        prompts.append(json.loads(line)["prompt"])
+      except (ValueError, KeyError, TypeError):
+        prompts.append(None)
+      if not isinstance(prompts[-1], str):
+        raise ConfigError(
+          f'prompts_file={self.prompts_file}, line {number}: not {{"prompt": TEXT}}.'
+        )
+    if not prompts:
+      raise ConfigError(f"prompts_file={self.prompts_file} is empty; write one JSON object a line.")
+    return prompts
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[DecodeRequest, list[str]]:
+  """The request among `key=value` strings, and the rest, which are the configuration's."""
+  names = {field.name for field in dataclasses.fields(DecodeRequest)}
+  values, rest = {}, []
+  for override in overrides:
+    key = override.partition("=")[0]
+    if key in ("prompt", "prompts_file", "checkpoint"):  # text as it stands, never YAML
+      values[key] = override.partition("=")[2]
+    elif key in names:
+      values[key] = parse_override(override)[1]
+    else:
+      rest.append(override)
+  return config_from_section(DecodeRequest, values, ""), rest
+
+
+def answer(
+  model: Llama4ForCausalLM, tokenizer: Any, request: DecodeRequest, out: TextIO = sys.stdout
+) -> None:
+  """Completes the request's prompts and prints them."""
+  texts = [text for text in request.prompts() for _ in range(request.num_samples)]
+  prompts = [[tokenizer.bos_token_id, *tokenizer.encode(text)] for text in texts]
+  if request.stream:
+    _stream(model, tokenizer, request, texts[0], prompts[0], out)
+    return
+  completions = generate(
+    model,
+    prompts,
+    request.max_new_tokens,
+    request.temperature,
+    request.top_k,
+    request.top_p,
+    request.seed,
+    tokenizer.stop_token_ids,
+    logprobs=request.logprobs,
+  )
+  for text, prompt, completion in zip(texts, prompts, completions):
+    completion = cut_at_stop(completion, request.stop, tokenizer.decode)
+    written = tokenizer.decode(completion.tokens)
+    for stop in request.stop:
+      written = written.split(stop)[0]
+    if request.output == "json":
+      record = {
+        "prompt": text,
+        "completion": written,
+        "prompt_tokens": prompt,
+        "tokens": completion.tokens,
+        "finish_reason": completion.finish_reason,
+      }
+      if request.logprobs:
+        record["logprobs"] = completion.logprobs
+      out.write(json.dumps(record) + "\n")
+    else:
+      out.write((text if request.echo else "") + written + "\n")
+  out.flush()
+
+
+def cut_at_stop(
+  completion: Completion, stops: Sequence[str], decode: Callable[[list[int]], str]
+) -> Completion:
+  """The completion up to the token in which the first of `stops` is complete."""
+  for length in range(1, len(completion.tokens) + 1) if stops else ():
+    if any(stop in decode(completion.tokens[:length]) for stop in stops):
+      logprobs = completion.logprobs and completion.logprobs[:length]
+      return Completion(completion.tokens[:length], logprobs, "stop")
+  return completion
+
+
+def _stream(model, tokenizer, request, text, prompt, out) -> None:
+  out.write(text if request.echo else "")
+  tokens, shown = [], ""
+  stops = tokenizer.stop_token_ids
+  for piece, _ in stream(
+    model, [prompt], request.max_new_tokens, request.sampling, request.seed, stops, piece=8
+  ):
+    tokens += [int(token) for token in piece[0] if token >= 0]
+    written = tokenizer.decode(tokens)
+    # A character whose bytes are still coming decodes to U+FFFD; it is printed when it is whole.
+    written = written.rstrip("\ufffd")
+    out.write(written[len(shown) :])
+    out.flush()
+    shown = written
+  out.write(tokenizer.decode(tokens)[len(shown) :] + "\n")

@@ -1,0 +1,49 @@
+"""Learning-rate schedule, clipping, decay mask: one optax chain."""
+
+import optax
+
+from maxllama4.config import OptimizerConfig
+from maxllama4.model.weights import ModelTemplate
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """Learning rate by step (from 0): linear warm-up from 0, then `config.schedule` down to its last value at `steps`."""
+  peak, warmup = config.learning_rate, config.warmup_steps
+  last, rest = peak * config.final_fraction, max(1, steps - config.warmup_steps)
+  decay_steps = max(1, round(config.decay_fraction * steps))
+  after = {
+    "constant": lambda: optax.constant_schedule(peak),
+    "linear": lambda: optax.linear_schedule(peak, last, rest),
+    "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.final_fraction),
+    "wsd": lambda: optax.linear_schedule(peak, last, decay_steps, max(0, rest - decay_steps)),
+  }[config.schedule]()
+  if warmup == 0:
+    return after
+  # Step 0 already moves: a warm-up over n steps passes 1/n, 2/n, ..., 1.
+  return optax.join_schedules(
+    [optax.linear_schedule(peak / warmup, peak, warmup - 1), after], [warmup]
+  )
+
+
+def is_decayed(path: str) -> bool:
+  """Whether weight decay applies to the array at `path`: matrices yes, norms and the embedding no."""
+  return not path.endswith("norm/weight") and path != "embed/weight"
+
+
+def make_optimizer(
+  config: OptimizerConfig, steps: int, template: ModelTemplate
+) -> optax.GradientTransformation:
+  """The chain that turns gradients of the trainable arrays into updates."""
+  decayed = {path: is_decayed(path) for path in template.trainable}
+  schedule = learning_rate_schedule(config, steps)
+  clip = (
+    optax.clip_by_global_norm(config.max_gradient_norm)
+    if config.max_gradient_norm
+    else optax.identity()
+  )
+  return optax.chain(
+    clip,
+    optax.adamw(
+      schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decayed
+    ),
+  )

@@ -1,0 +1,76 @@
+"""The training state: one pytree, and exactly what a checkpoint holds besides the data's position."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maxllama4.model.weights import Arrays, ModelTemplate
+from maxllama4.sharding import MeshContext
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Steps done (int32), the model's arrays by path, and the optimizer's state, which is sharded as they are."""
+
+  step: jax.Array
+  model: Arrays
+  optimizer: Any
+
+
+def split_trainable(model: Arrays, template: ModelTemplate) -> tuple[Arrays, Arrays]:
+  """The arrays that gradients move, and the others (router biases)."""
+  trainable = template.trainable
+  return (
+    {path: value for path, value in model.items() if path in trainable},
+    {path: value for path, value in model.items() if path not in trainable},
+  )
+
+
+def init_state(
+  template: ModelTemplate, optimizer: optax.GradientTransformation, seed: int, context: MeshContext
+) -> TrainState:
+  """A fresh state, every array made already sharded over the mesh of `context`."""
+
+  def make(key):
+    model = template.init(key)
+    params, _ = split_trainable(model, template)
+    return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(params))
+
+  key = jax.random.key(seed)
+  shardings = state_shardings(jax.eval_shape(make, key), template, context)
+  return jax.jit(make, out_shardings=shardings)(key)
+
+
+def abstract_state(
+  template: ModelTemplate, optimizer: optax.GradientTransformation, context: MeshContext
+) -> TrainState:
+  """The shapes, dtypes and shardings of `init_state`'s result; nothing is computed."""
+
+  def make(model):
+    return TrainState(
+      jnp.zeros((), jnp.int32), model, optimizer.init(split_trainable(model, template)[0])
+    )
+
+  state = jax.eval_shape(make, template.shapes)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    state,
+    state_shardings(state, template, context),
+  )
+
+
+def state_shardings(state: TrainState, template: ModelTemplate, context: MeshContext) -> TrainState:
+  """A tree like `state` of shardings: the optimizer's copies of an array lie as the array does, scalars everywhere."""
+  by_path = template.shardings(context)
+  replicated = context.sharding(())
+
+  def of(path, leaf):
+    names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+    named = names and names[-1] in by_path and leaf.shape == template.shapes[names[-1]].shape
+    return by_path[names[-1]] if named else replicated
+
+  return jax.tree_util.tree_map_with_path(of, state)

@@ -1,0 +1,183 @@
+"""The training and evaluation steps: pure functions of state and batch."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maxllama4.config import Config
+from maxllama4.model.attention import Sequences
+from maxllama4.model.moe import RouterStatistics
+from maxllama4.model.weights import Arrays, ModelTemplate, layer_place
+from maxllama4.sharding import constrain
+from maxllama4.training.loss import cross_entropy_sums
+from maxllama4.training.state import TrainState, split_trainable
+
+Batch = dict[
+  str, jax.Array
+]  # tokens, targets, segment_ids, positions: int32 [B, T]; weights: float32 [B, T]
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+  config: Config,
+  template: ModelTemplate,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """One optimizer step over a batch, microbatch by microbatch. Gradients do not depend on how many there are."""
+  num_microbatches = config.training.gradient_accumulation
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    params, fixed = split_trainable(state.model, template)
+    totals = batch_totals(batch)
+
+    def gradients_of(microbatch):
+      def objective(params):
+        return microbatch_objective(config, template, params | fixed, microbatch, totals)
+
+      return jax.grad(objective, has_aux=True)(params)
+
+    if num_microbatches == 1:
+      gradients, sums = gradients_of(batch)
+    else:
+      gradients, sums = _accumulate(gradients_of, _microbatches(batch, num_microbatches))
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, params)
+    params = optax.apply_updates(params, updates)
+    fixed = move_router_biases(config, fixed, sums.get("router"))
+    metrics = {
+      "loss": sums["nats"] / totals["weight"],
+      "step_tokens": totals["weight"],
+      "learning_rate": schedule(state.step),
+      "gradient_norm": optax.global_norm(gradients),
+      **router_metrics(config, sums.get("router"), totals["tokens"]),
+    }
+    return TrainState(state.step + 1, params | fixed, optimizer_state), metrics
+
+  return train_step
+
+
+def batch_totals(batch: Batch) -> Metrics:
+  """What sums over a whole batch are divided by: counted targets, and tokens that are no padding."""
+  return {
+    "weight": jnp.maximum(batch["weights"].sum(), 1),
+    "tokens": jnp.maximum((batch["segment_ids"] > 0).sum(), 1),
+  }
+
+
+def microbatch_objective(
+  config: Config, template: ModelTemplate, model: Arrays, batch: Batch, totals: Metrics
+) -> tuple[jax.Array, dict]:
+  """This microbatch's share of the objective, which adds up over microbatches; and its sums."""
+  training = config.training
+  objective, nats, statistics = forward_sums(config, template, model, batch)
+  objective = objective / totals["weight"]
+  sums = {"nats": nats}
+  if statistics is not None:
+    per_token_and_layer = totals["tokens"] * statistics.z.shape[0]
+    objective += training.load_balance_loss * statistics.balance.sum() / per_token_and_layer
+    objective += training.router_z_loss * statistics.z.sum() / per_token_and_layer
+    sums["router"] = statistics
+  return objective, sums
+
+
+def forward_sums(
+  config: Config, template: ModelTemplate, arrays: Arrays, batch: Batch
+) -> tuple[jax.Array, jax.Array, RouterStatistics | None]:
+  """Sums over a batch: cross-entropy with and without its z term, in nats; and the routing statistics by layer."""
+  training = config.training
+  model = template.model(arrays)
+  sequences = Sequences.of(batch["positions"], batch["segment_ids"], config.model)
+  x, statistics, _ = model.hidden_states(batch["tokens"], sequences, remat=training.remat)
+  objective, nats = cross_entropy_sums(
+    x, model.head_weight(), batch["targets"], batch["weights"], training.z_loss, training.loss_chunk
+  )
+  return objective, nats, statistics
+
+
+def make_eval_step(config: Config, template: ModelTemplate) -> Callable[[Arrays, Batch], Metrics]:
+  """Nats and counted targets of one held-out batch, as sums."""
+
+  def eval_step(model: Arrays, batch: Batch) -> Metrics:
+    _, nats, _ = forward_sums(config, template, model, batch)
+    return {"nats": nats, "weight": batch["weights"].sum()}
+
+  return eval_step
+
+
+def _microbatches(batch: Batch, count: int) -> Batch:
+  """The batch with a leading axis of `count`; each device's rows are dealt out, so none has to move."""
+
+  def split(x):
+    x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+    return constrain(x, (None, "batch", "length"))
+
+  return jax.tree.map(split, batch)
+
+
+def _accumulate(gradients_of, microbatches):
+  """Sums of gradients (in float32) and of sums over the microbatches."""
+
+  def add(total, microbatch):
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradients_of(microbatch)), None
+
+  first = jax.tree.map(lambda x: x[0], microbatches)
+  shapes = jax.eval_shape(gradients_of, first)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+  total, _ = jax.lax.scan(add, zeros, microbatches)
+  return total
+
+
+def move_router_biases(
+  config: Config, biases: Arrays, statistics: RouterStatistics | None
+) -> Arrays:
+  """Biases raised for experts that got fewer rows than the mean and lowered for the others, then centred.
+
+  Source: auxiliary-loss-free load balancing, arXiv:2408.15664, algorithm 1.
+  """
+  rate = config.training.router_bias_update_rate
+  if statistics is None or rate == 0:
+    return biases
+  load = statistics.load  # one row a layer with experts, in order
+  moves = rate * jnp.sign(load.mean(-1, keepdims=True) - load)
+  moe_layers = [i for i, kind in enumerate(config.model.layer_kinds) if kind.is_moe]
+  biases = dict(biases)
+  for row, layer in enumerate(moe_layers):
+    prefix, index = layer_place(config.model, layer)
+    path = f"{prefix}/feed_forward/router/bias"
+    place = () if index is None else (index,)
+    moved = biases[path][place] + moves[row]
+    biases[path] = biases[path].at[place].set(moved - moved.mean())
+  return biases
+
+
+def router_metrics(
+  config: Config, statistics: RouterStatistics | None, tokens: jax.Array
+) -> Metrics:
+  """How evenly experts are loaded: over all layers, and (`..._by_layer`) for each layer with experts."""
+  if statistics is None:
+    return {}
+  num_experts, choices = config.model.num_local_experts, config.model.num_experts_per_tok
+  load = statistics.load  # layers with experts, E
+  rows = jnp.maximum(load.sum(-1, keepdims=True), 1)
+  share = load / rows
+  relative = share * num_experts  # 1 where even
+  entropy = -(share * jnp.log(jnp.maximum(share, 1e-30))).sum(-1) / jnp.log(max(num_experts, 2))
+  by_layer = {
+    "load_balance_loss": statistics.balance / tokens,
+    "max_load": relative.max(-1),
+    "min_load": relative.min(-1),
+    "entropy": entropy,  # 1 where even, 0 where one expert gets everything
+    "dead_experts": (load == 0).sum(-1).astype(jnp.float32),
+  }
+  return {
+    "moe/load_balance_loss": by_layer["load_balance_loss"].mean(),
+    "moe/max_load": by_layer["max_load"].max(),
+    "moe/min_load": by_layer["min_load"].min(),
+    "moe/entropy": by_layer["entropy"].mean(),
+    "moe/dead_experts": by_layer["dead_experts"].sum(),
+    "moe/router_z_loss": statistics.z.mean() / tokens,
+    "moe/dropped_tokens": tokens * choices * load.shape[0] - load.sum(),
+    **{f"moe/{name}_by_layer": value for name, value in by_layer.items()},
+  }
