@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import yaml
 
 from maxllama4.config import Config, ConfigError, config_to_dict, load_config, resolve_config
+from maxllama4.settings import flatten
 
 USAGE = """usage: maxllama4 COMMAND [CONFIG.yml] [key=value ...] [--debug]
 
@@ -67,9 +68,7 @@ def need_config(words: Sequence[str]) -> tuple[str, list[str]]:
 def train_command(words: Sequence[str]) -> None:
   path, overrides = need_config(words)
   config = load_config(path, overrides)
-  from maxllama4.training.loop import (
-    train,
-  )  # imported late: `show` and `--help` should not wait for it
+  from maxllama4.training.loop import train  # late: `show` and `--help` should not wait for it
 
   train(config)
 
@@ -118,7 +117,8 @@ def describe(config: Config, origins: dict[str, str]) -> dict:
   total, active = count_parameters(config.model)
   return {
     "settings": {
-      key: {"value": value, "origin": origins[key]} for key, value in flat_settings(config).items()
+      key: {"value": value, "origin": origins[key]}
+      for key, value in flatten(config_to_dict(config)).items()
     },
     "parameters": {"total": total, "active": active},
     "train_flops_per_token": train_flops_per_token(config.model, config.training.sequence_length),
@@ -133,32 +133,23 @@ def describe(config: Config, origins: dict[str, str]) -> dict:
   }
 
 
-def flat_settings(config: Config) -> dict:
-  """Every setting by its dotted path."""
-
-  def flatten(tree, prefix):
-    for name, value in tree.items():
-      if isinstance(value, dict) and value:
-        yield from flatten(value, f"{prefix}{name}.")
-      else:
-        yield f"{prefix}{name}", value
-
-  return dict(flatten(config_to_dict(config), ""))
-
-
 def print_description(description: dict) -> None:
   settings = description["settings"]
   width = max(map(len, settings))
   for key, setting in settings.items():
     value = yaml.safe_dump(setting["value"], default_flow_style=True).strip().removesuffix("\n...")
     print(f"{key:<{width}}  {value:<28}  {setting['origin']}")
-  total, active = (description["parameters"][name] / 1e9 for name in ("total", "active"))
+  total, active = (_in_words(description["parameters"][name]) for name in ("total", "active"))
   devices = description["devices"]
-  print(f"\nparameters        {total:,.4g}B, {active:,.4g}B active for a token")
+  print(f"\nparameters        {total}, {active} active for a token")
   print(f"training          {description['train_flops_per_token'] / 1e9:,.4g} GFLOP a token")
   print(f"devices           {devices['devices']} (mesh axes of -1 counted as 1)")
   for name in ("parameters", "optimizer", "gradients"):
     print(f"{name:<16}  {devices[f'{name}_bytes'] / 1e9:,.4g} GB a device")
+
+
+def _in_words(count: int) -> str:
+  return f"{count / 1e9:,.2f}B" if count >= 1e9 else f"{count / 1e6:,.2f}M"
 
 
 COMMANDS = {"train": train_command, "decode": decode_command, "show": show_command}

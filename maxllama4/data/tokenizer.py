@@ -196,16 +196,12 @@ def _sample(documents: DocumentSource, seed: int) -> Iterator[str]:
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-  """The texts in pieces of at most SENTENCE_CHARACTERS, cut before a newline where there is one.
-
-  U+2581 would be learnt as a space, and the trainer drops sentences with NUL: both cut, too, and are left out.
-  """
+  """The texts in pieces of at most SENTENCE_CHARACTERS, cut before a newline where there is one."""
   for text in texts:
-    for part in text.replace("\0", SPACE_MARK).split(SPACE_MARK):
-      start = 0
-      while start < len(part):
-        stop = start + SENTENCE_CHARACTERS
-        newline = part.rfind("\n", start + 1, stop) if stop < len(part) else -1
-        stop = newline if newline > 0 else stop
-        yield part[start:stop]
-        start = stop
+    start = 0
+    while start < len(text):
+      stop = start + SENTENCE_CHARACTERS
+      newline = text.rfind("\n", start + 1, stop) if stop < len(text) else -1
+      stop = newline if newline > 0 else stop
+      yield text[start:stop]
+      start = stop

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 # Rows a block, largest first: a group is cut greedily, so few calls do most of the work and little is computed in vain.
 BLOCKS = (512, 256, 128, 64)
-# Up to so many rows, one batched product over all groups beats slicing matrices out: decoding on a CPU.
+# Up to so many rows (decoding), rows are multiplied one by one.
 FEW_ROWS = 32
 
 
@@ -21,29 +21,16 @@ def grouped_matmul(
 
   Rows beyond the sum of `sizes` give zeros. A group without rows gets a zero gradient. Result in the dtype of `rows`.
   """
-  return jax.lax.platform_dependent(rows, matrices, sizes, cpu=_on_cpu, default=jax.lax.ragged_dot)
-
-
-def _on_cpu(rows, matrices, sizes):
-  return (few_rows if rows.shape[0] <= FEW_ROWS else blockwise)(rows, matrices, sizes)
-
-
-def few_rows(
-  rows: Float[Array, "R D"], matrices: Float[Array, "E D F"], sizes: Int[Array, " E"]
-) -> Float[Array, "R F"]:
-  """`grouped_matmul` by one batched product of every group with all rows, zeroed where they are not its own."""
-  index = jnp.arange(rows.shape[0])
-  ends = jnp.cumsum(sizes)
-  mine = (index >= (ends - sizes)[:, None]) & (index < ends[:, None])  # E R
-  masked = jnp.where(mine[..., None], rows, 0)
-  return jnp.einsum("ERD,EDF->RF", masked, matrices)
+  return jax.lax.platform_dependent(rows, matrices, sizes, cpu=blockwise, default=jax.lax.ragged_dot)
 
 
 @jax.custom_vjp
 def blockwise(
   rows: Float[Array, "R D"], matrices: Float[Array, "E D F"], sizes: Int[Array, " E"]
 ) -> Float[Array, "R F"]:
-  """`grouped_matmul` group by group, in blocks of rows."""
+  """`grouped_matmul` group by group, in blocks of rows; row by row where there are few."""
+  if rows.shape[0] <= FEW_ROWS:
+    return _row_products(rows, matrices, sizes)
   return _products(rows, matrices, sizes, "rd,df->rf")
 
 
@@ -98,6 +85,19 @@ def _products(rows, matrices, sizes, equation):
   out = jax.lax.fori_loop(0, sizes.shape[0], group, jnp.zeros((rows.shape[0], width), rows.dtype))
   inside = jnp.arange(num_rows) < ends[-1]
   return jnp.where(inside[:, None], out[:num_rows], 0)
+
+
+def _row_products(rows, matrices, sizes):
+  """Each row times its group's matrix, which a vector product reads where it lies; a block's would be sliced out first."""
+  ends = jnp.cumsum(sizes)
+  group = jnp.searchsorted(ends, jnp.arange(rows.shape[0]), side="right")
+
+  def row(i, out):
+    matrix = jax.lax.dynamic_index_in_dim(matrices, group[i], keepdims=False)
+    return out.at[i].set(rows[i] @ matrix)
+
+  out = jnp.zeros((rows.shape[0], matrices.shape[-1]), rows.dtype)
+  return jax.lax.fori_loop(0, ends[-1], row, out)
 
 
 def _outer_products(rows, gradient, sizes):

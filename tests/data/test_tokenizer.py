@@ -47,7 +47,8 @@ def test_random_texts_come_back_byte_for_byte_and_without_special_ids(tokenizer)
   special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 3}  # 3: unk
   pieces = ["\u2581", " ", "  ", "\n", "\t", "\0", "self", "return x", "<s>", "\r"]
   for _ in range(300):
-    characters = [chr(rng.choice([*range(0xD800), *range(0xE000, 0x110000)])) for _ in range(9)]
+    codes = (rng.choice((rng.randrange(0xD800), rng.randrange(0xE000, 0x110000))) for _ in range(9))
+    characters = [chr(code) for code in codes]  # all but surrogates
     text = "".join(rng.choices(pieces + characters, k=rng.randrange(30)))
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -99,6 +100,15 @@ def test_the_same_documents_give_the_same_file(tmp_path):
   assert [path.name for path in sorted(tmp_path.rglob("*")) if path.is_file()] == [
     "a.model", "b.model",
   ]  # fmt: skip
+
+
+def test_a_large_corpus_is_sampled_by_the_seed_alone(tmp_path, monkeypatch):
+  monkeypatch.setattr("maxllama4.data.tokenizer.TRAINING_CHARACTERS", 200)
+  texts = documents(*[f"{chr(97 + i) * 3}{chr(98 + i)} " * 10 for i in range(20)])
+  files = [tmp_path / name for name in ("a.model", "b.model", "c.model")]
+  for file, seed in zip(files, (1, 1, 2)):
+    train_tokenizer(texts, 320, file, seed=seed)
+  assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
 
 
 def test_a_long_text_on_one_line_and_texts_with_nul_are_learnt_from(tmp_path):
