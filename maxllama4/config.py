@@ -272,6 +272,7 @@ class DataConfig:
   tfds_dir: str | None = None  # tfds: the folder it was prepared in
   tokenizer: str | None = None  # a file or folder; null: one of model.vocab_size pieces is trained
   held_out_fraction: float = 0.03  # of the documents, by a stable hash of the file name
+  excerpt_length: int = 0  # characters; longer training documents are cut, at line ends, and their parts shuffled; 0: not
   prefetch: int = 2  # batches made ahead, in the background
 
   def __post_init__(self):
@@ -282,7 +283,7 @@ class DataConfig:
       raise ConfigError("data.tfds_name=null names no dataset; set it.")
     fraction = self.held_out_fraction
     require(0 <= fraction < 1, f"data.held_out_fraction={fraction} must be at least 0 and below 1.")
-    not_negative("data", self, "prefetch")
+    not_negative("data", self, "excerpt_length prefetch")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ class CheckpointStore:
       args=ocp.args.Composite(
         model=ocp.args.StandardSave(model),
         rest=ocp.args.StandardSave(rest),
-        position=ocp.args.JsonSave(_gather(position)),
+        position=ocp.args.JsonSave(position),
       ),
     )
 
@@ -70,19 +70,11 @@ class CheckpointStore:
     self._manager.close()
 
 
-def _gather(position: dict[str, Any]) -> dict[str, Any]:
-  """The union of all processes' positions: each knows where its own data streams stand."""
+def gather_json(value: Any) -> list[Any]:
+  """The values of all processes, in order; each is plain and small."""
   if jax.process_count() == 1:
-    return position
-  mine = np.frombuffer(json.dumps(position).encode(), np.uint8)
+    return [value]
+  mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
   size = int(multihost_utils.process_allgather(np.int64(mine.size)).max())
   rows = multihost_utils.process_allgather(np.pad(mine, (0, size - mine.size)))
-  positions = [json.loads(bytes(row).rstrip(b"\0")) for row in rows]
-  return _union(positions)
-
-
-def _union(positions: list[Any]) -> Any:
-  if not isinstance(positions[0], dict):
-    return positions[0]
-  keys = [key for position in positions for key in position]
-  return {key: _union([p[key] for p in positions if key in p]) for key in dict.fromkeys(keys)}
+  return [json.loads(bytes(row).rstrip(b"\0")) for row in rows]

@@ -24,7 +24,7 @@ import numpy as np
 
 from maxllama4.config import Config, ConfigError
 from maxllama4.data.packing import Batch, RowPacker, count_target_bytes, padding, stack_rows
-from maxllama4.data.sources import Split, open_documents
+from maxllama4.data.sources import Document, DocumentSource, Excerpts, open_documents
 from maxllama4.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, train_tokenizer
 
 State = dict[str, Any]  # plain values, ready for JSON
@@ -75,10 +75,10 @@ def make_loader(
   else:
     _check_vocabulary(config, tokenizer)
     split = open_documents(config.data, "train")
-    documents, identity = (
-      _shuffled_documents(split, tokenizer, config.training.seed),
-      _digest(split),
-    )
+    if config.data.excerpt_length:
+      split = Excerpts(split, config.data.excerpt_length)
+    documents = _shuffled_documents(split, tokenizer, config.training.seed)
+    identity = _digest(split)
     pad_token_id = tokenizer.pad_token_id
   return TrainLoader(config, documents, rows, pad_token_id, identity)
 
@@ -184,7 +184,7 @@ def make_eval_batches(
   documents = open_documents(config.data, "held_out")
   training = config.training
   packer = RowPacker(
-    lambda index: encode_document(tokenizer, documents[index].text),
+    lambda index: encode_document(tokenizer, documents[index]),
     training.sequence_length,
     tokenizer.pad_token_id,
     len(documents),
@@ -200,11 +200,10 @@ def make_eval_batches(
   return EvalSet(batches, num_bytes)
 
 
-def encode_document(tokenizer: Tokenizer, text: str) -> np.ndarray:
-  """int32 ids of `text` with bos in front and eos behind."""
-  return np.array(
-    [tokenizer.bos_token_id, *tokenizer.encode(text), tokenizer.eos_token_id], np.int32
-  )
+def encode_document(tokenizer: Tokenizer, document: Document) -> np.ndarray:
+  """int32 ids of a document, bos in front, and eos behind where it ends: an excerpt may stop before that."""
+  end = [tokenizer.eos_token_id] * document.has_end
+  return np.array([tokenizer.bos_token_id, *tokenizer.encode(document.text), *end], np.int32)
 
 
 class _PackedRows(grain.IterDataset):
@@ -248,10 +247,10 @@ class _PackedRowsIterator(grain.DatasetIterator):
       packer.position = state[row]
 
 
-def _shuffled_documents(split: Split, tokenizer: Tokenizer, seed: int) -> grain.MapDataset:
+def _shuffled_documents(split: DocumentSource, tokenizer: Tokenizer, seed: int) -> grain.MapDataset:
   """Ids of the documents, an endless sequence of epochs, each in its own order."""
   documents = grain.MapDataset.source(split).seed(seed).shuffle().repeat()
-  return documents.map(lambda document: encode_document(tokenizer, document.text))
+  return documents.map(lambda document: encode_document(tokenizer, document))
 
 
 def _synthetic_documents(config: Config) -> grain.MapDataset:
@@ -292,7 +291,7 @@ def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
     )
 
 
-def _digest(split: Split) -> str:
+def _digest(split: DocumentSource) -> str:
   """A hash of the documents' names, in order: other documents would be another order of data."""
   digest = hashlib.blake2b(digest_size=8)
   for index in range(len(split)):

@@ -33,10 +33,14 @@ class DataError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """One text and its machine-independent name: `folder/file.txt`, `file.jsonl:LINE` (from 1), or a TFDS index."""
+  """One text and its machine-independent name: `folder/file.txt`, `file.jsonl:LINE` (from 1), or a TFDS index.
+
+  An excerpt of a longer document need not hold its end.
+  """
 
   name: str
   text: str
+  has_end: bool = True
 
 
 class DocumentSource(Protocol):
@@ -94,6 +98,44 @@ class Split:
 
   def name(self, index: int) -> str:
     return self.source.name(int(self._indices[index]))
+
+
+class Excerpts:
+  """Documents of `source`, those of more than `length` characters cut at line ends into excerpts: an index of its own.
+
+  A shuffle then mixes parts of documents, where it would mix whole ones. All documents are read once, now.
+  """
+
+  def __init__(self, source: DocumentSource, length: int):
+    self._source = source
+    self._spans = [
+      (index, start, stop)
+      for index in range(len(source))
+      for start, stop in cut_at_lines(source[index].text, length)
+    ]
+
+  def __len__(self) -> int:
+    return len(self._spans)
+
+  def __getitem__(self, index: int) -> Document:
+    document, start, stop = self._spans[index]
+    text = self._source[document].text
+    return Document(self.name(index), text[start:stop], stop == len(text))
+
+  def name(self, index: int) -> str:
+    """The document's name and the excerpt's first character in it."""
+    document, start, _ = self._spans[index]
+    return f"{self._source.name(document)}@{start}"
+
+
+def cut_at_lines(text: str, length: int) -> list[tuple[int, int]]:
+  """Spans of at most `length` characters that cover `text`, each but the last ending with a line where one ends."""
+  spans, start = [], 0
+  while len(text) - start > length:
+    stop = text.rfind("\n", start, start + length) + 1 or start + length
+    spans.append((start, stop))
+    start = stop
+  return [*spans, (start, len(text))]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 # Rows a block, largest first: a group is cut greedily, so few calls do most of the work and little is computed in vain.
 BLOCKS = (512, 256, 128, 64)
-# Up to so many rows (decoding), rows are multiplied one by one.
+# Up to so many rows in all (decoding), one row a block: a vector product is bound by reading the matrix, not by work.
 FEW_ROWS = 32
 
 
@@ -21,16 +21,16 @@ def grouped_matmul(
 
   Rows beyond the sum of `sizes` give zeros. A group without rows gets a zero gradient. Result in the dtype of `rows`.
   """
-  return jax.lax.platform_dependent(rows, matrices, sizes, cpu=blockwise, default=jax.lax.ragged_dot)
+  return jax.lax.platform_dependent(
+    rows, matrices, sizes, cpu=blockwise, default=jax.lax.ragged_dot
+  )
 
 
 @jax.custom_vjp
 def blockwise(
   rows: Float[Array, "R D"], matrices: Float[Array, "E D F"], sizes: Int[Array, " E"]
 ) -> Float[Array, "R F"]:
-  """`grouped_matmul` group by group, in blocks of rows; row by row where there are few."""
-  if rows.shape[0] <= FEW_ROWS:
-    return _row_products(rows, matrices, sizes)
+  """`grouped_matmul` group by group, in blocks of rows."""
   return _products(rows, matrices, sizes, "rd,df->rf")
 
 
@@ -47,9 +47,30 @@ def _backward(saved, gradient):
 blockwise.defvjp(_forward, _backward)
 
 
-def _for_each_block(start, end, carry, body):
+def _blocks(rows) -> tuple[int, ...]:
+  return BLOCKS if rows.shape[0] > FEW_ROWS else (1,)
+
+
+def _pad(rows):
+  """`rows` and one block of zeros, so that the last block's reach stays inside."""
+  return jnp.pad(rows, ((0, _blocks(rows)[0] - 1), (0, 0)))
+
+
+def _for_each_group(sizes, carry, body):
+  """Folds `body(carry, group, first_row, end_row)` over the groups that have rows, in order."""
+  ends = jnp.cumsum(sizes)
+  groups = jnp.argsort(sizes == 0, stable=True)
+
+  def step(i, carry):
+    e = groups[i]
+    return body(carry, e, ends[e] - sizes[e], ends[e])
+
+  return jax.lax.fori_loop(0, (sizes > 0).sum(), step, carry)
+
+
+def _for_each_block(blocks, start, end, carry, body):
   """Folds `body(carry, first_row, block)` over the blocks that cover rows start..end; the last may reach beyond."""
-  for block, smaller in zip(BLOCKS, (*BLOCKS[1:], 0)):
+  for block, smaller in zip(blocks, (*blocks[1:], 0)):
     # A loop that runs zero or more times, not a conditional: XLA updates a loop's carry in place but copies a branch's.
     def step(state, block=block):
       first, carry = state
@@ -61,18 +82,13 @@ def _for_each_block(start, end, carry, body):
   return carry
 
 
-def _pad(rows):
-  """`rows` and one block of zeros, so that the last block's reach stays inside."""
-  return jnp.pad(rows, ((0, BLOCKS[0]), (0, 0)))
-
-
 def _products(rows, matrices, sizes, equation):
   """Each group's rows times its matrix by `equation`."""
-  num_rows = rows.shape[0]
+  num_rows, blocks = rows.shape[0], _blocks(rows)
   width = matrices.shape[1 if equation.endswith("d") else 2]
-  rows, ends = _pad(rows), jnp.cumsum(sizes)
+  rows = _pad(rows)
 
-  def group(e, out):
+  def group(out, e, start, end):
     matrix = matrices[e]
 
     def block_product(out, first, block):
@@ -80,43 +96,29 @@ def _products(rows, matrices, sizes, equation):
       product = jnp.einsum(equation, jax.lax.dynamic_slice_in_dim(rows, first, block), matrix)
       return jax.lax.dynamic_update_slice_in_dim(out, product, first, 0)
 
-    return _for_each_block(ends[e] - sizes[e], ends[e], out, block_product)
+    return _for_each_block(blocks, start, end, out, block_product)
 
-  out = jax.lax.fori_loop(0, sizes.shape[0], group, jnp.zeros((rows.shape[0], width), rows.dtype))
-  inside = jnp.arange(num_rows) < ends[-1]
+  out = _for_each_group(sizes, jnp.zeros((rows.shape[0], width), rows.dtype), group)
+  inside = jnp.arange(num_rows) < sizes.sum()
   return jnp.where(inside[:, None], out[:num_rows], 0)
-
-
-def _row_products(rows, matrices, sizes):
-  """Each row times its group's matrix, which a vector product reads where it lies; a block's would be sliced out first."""
-  ends = jnp.cumsum(sizes)
-  group = jnp.searchsorted(ends, jnp.arange(rows.shape[0]), side="right")
-
-  def row(i, out):
-    matrix = jax.lax.dynamic_index_in_dim(matrices, group[i], keepdims=False)
-    return out.at[i].set(rows[i] @ matrix)
-
-  out = jnp.zeros((rows.shape[0], matrices.shape[-1]), rows.dtype)
-  return jax.lax.fori_loop(0, ends[-1], row, out)
 
 
 def _outer_products(rows, gradient, sizes):
   """Each group's rows^T @ gradient, float32 [E, D, F]."""
-  rows, gradient, ends = _pad(rows), _pad(gradient), jnp.cumsum(sizes)
+  blocks, rows, gradient = _blocks(rows), _pad(rows), _pad(gradient)
   shape = (rows.shape[1], gradient.shape[1])
 
-  def group(e, out):
+  def group(out, e, start, end):
     def add_block(total, first, block):
       index = first + jnp.arange(block)
       block_rows = jax.lax.dynamic_slice_in_dim(rows, first, block)
-      block_rows = jnp.where((index < ends[e])[:, None], block_rows, 0)
+      block_rows = jnp.where((index < end)[:, None], block_rows, 0)
       block_gradient = jax.lax.dynamic_slice_in_dim(gradient, first, block)
       return total + jnp.einsum(
         "rd,rf->df", block_rows, block_gradient, preferred_element_type=jnp.float32
       )
 
-    total = jnp.zeros(shape, jnp.float32)
-    total = _for_each_block(ends[e] - sizes[e], ends[e], total, add_block)
+    total = _for_each_block(blocks, start, end, jnp.zeros(shape, jnp.float32), add_block)
     return out.at[e].set(total)
 
-  return jax.lax.fori_loop(0, sizes.shape[0], group, jnp.zeros((sizes.shape[0], *shape)))
+  return _for_each_group(sizes, jnp.zeros((sizes.shape[0], *shape), jnp.float32), group)

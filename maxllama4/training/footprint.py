@@ -7,7 +7,6 @@ import jax
 from maxllama4.config import MESH_AXES, Config
 from maxllama4.model.weights import ModelTemplate
 from maxllama4.training.optimizer import make_optimizer
-from maxllama4.training.state import split_trainable
 
 
 def bytes_per_device(config: Config) -> dict[str, int]:
@@ -17,7 +16,7 @@ def bytes_per_device(config: Config) -> dict[str, int]:
   """
   template = ModelTemplate(config.model)
   sizes = {axis: max(1, getattr(config.mesh, axis)) for axis in MESH_AXES}
-  params, _ = split_trainable(template.shapes, template)
+  params = {path: leaf for path, leaf in template.shapes.items() if path in template.trainable}
   optimizer = make_optimizer(config.optimizer, config.training.steps, template)
 
   def parts(path: str) -> int:

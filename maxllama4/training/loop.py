@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import yaml
 
-from maxllama4.checkpoint.store import CheckpointStore
+from maxllama4.checkpoint.store import CheckpointStore, gather_json
 from maxllama4.config import Config, ConfigError, config_to_dict, read_yaml
-from maxllama4.data.loader import make_eval_batches, make_loader, prepare_tokenizer
+from maxllama4.data.loader import make_eval_batches, make_loader, merge_states, prepare_tokenizer
 from maxllama4.mesh import build_mesh
 from maxllama4.model.llama4 import count_parameters, train_flops_per_token
 from maxllama4.model.weights import ModelTemplate
@@ -29,7 +29,7 @@ def train(config: Config) -> None:
   run_dir = pathlib.Path(config.run_dir)
   keep_config(config, run_dir)
   progress = Progress(config.training.steps)
-  tokenizer = prepare_tokenizer(config, run_dir)
+  tokenizer = prepare_tokenizer(config, run_dir, process_index=jax.process_index())
   with use_mesh(mesh, config.mesh) as context:
     run = Run(config, context, tokenizer, progress)
     run.resume()
@@ -167,23 +167,23 @@ class Run:
 
   def _evaluation(self, tokenizer: Any, hosts: dict[str, int]) -> Callable[[Any], dict[str, float]]:
     """A function from the model's arrays to loss (nats a token) and bits per byte on the held-out rows."""
-    batches, num_bytes = make_eval_batches(self.config, tokenizer, **hosts)
-    batches = list(batches)
+    held_out = make_eval_batches(self.config, tokenizer, **hosts)
     step = jax.jit(make_eval_step(self.config, self.template))
 
     def evaluate(model) -> dict[str, float]:
-      sums = [to_plain(step(model, self._place(batch))) for batch in batches]
+      sums = [to_plain(step(model, self._place(batch))) for batch in held_out.batches]
       nats, weight = (math.fsum(s[name] for s in sums) for name in ("nats", "weight"))
       return {
         "eval/loss": nats / weight,
-        "eval/bits_per_byte": nats / math.log(2) / num_bytes,
+        "eval/bits_per_byte": nats / math.log(2) / held_out.num_bytes,
       }
 
     return evaluate
 
   def _save(self, step: int) -> None:
     rest = {"step": self.state.step, "optimizer": self.state.optimizer}
-    position = {"tokens": self._tokens(), "loader": self.loader.get_state()}
+    loader = merge_states(gather_json(self.loader.get_state()))
+    position = {"tokens": self._tokens(), "loader": loader}
     self.store.save(step, self.state.model, rest, position)
 
 

@@ -36,14 +36,42 @@ def make_optimizer(
   """The chain that turns gradients of the trainable arrays into updates."""
   decayed = {path: is_decayed(path) for path in template.trainable}
   schedule = learning_rate_schedule(config, steps)
-  clip = (
-    optax.clip_by_global_norm(config.max_gradient_norm)
-    if config.max_gradient_norm
-    else optax.identity()
-  )
-  return optax.chain(
-    clip,
-    optax.adamw(
+  clip = optax.identity()
+  if config.max_gradient_norm:
+    clip = optax.clip_by_global_norm(config.max_gradient_norm)
+  if config.name == "adamw":
+    update = optax.adamw(
       schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decayed
-    ),
+    )
+  else:
+    update = optax.contrib.muon(
+      schedule,
+      weight_decay=config.weight_decay,
+      weight_decay_mask=decayed,
+      adam_b1=config.b1,
+      adam_b2=config.b2,
+      adam_weight_decay=config.weight_decay,
+      muon_weight_dimension_numbers={
+        path: matrix_of(template.axes[path]) for path in template.trainable
+      },
+      consistent_rms=0.2,  # updates as large as AdamW's, so that one learning rate serves both
+    )
+  return optax.chain(clip, update)
+
+
+def matrix_of(axes: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers | None:
+  """Which dims of an array are a matrix's inputs and outputs, for Muon; None for what AdamW updates.
+
+  Every dim other than `embed`, and stacks of layers or experts, is the other side of the matrix. Gate and up of an
+  expert, side by side without a name, are matrices of their own. Embedding, head, norms and router are AdamW's.
+  """
+  if "embed" not in axes or "vocab" in axes or axes[-2:] == ("embed", None):
+    return None
+  embed = axes.index("embed")
+  others = tuple(i for i, name in enumerate(axes) if name in ("heads", "kv_heads", "ffn"))
+  if "heads" in axes or "kv_heads" in axes:
+    others += (others[0] + 1,)  # head_dim
+  forward = embed < others[0]
+  return optax.contrib.MuonDimensionNumbers(
+    reduction_axis=(embed,) if forward else others, output_axis=others if forward else (embed,)
   )

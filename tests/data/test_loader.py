@@ -14,7 +14,7 @@ from maxllama4.data.loader import (
   prepare_tokenizer,
 )
 from maxllama4.data.packing import ROW_DTYPES
-from maxllama4.data.sources import DataError, open_documents
+from maxllama4.data.sources import DataError, Document, open_documents
 from maxllama4.data.tokenizer import train_tokenizer
 
 T, B = 16, 4
@@ -84,7 +84,7 @@ def test_an_epoch_reads_every_training_document_once_and_the_next_in_another_ord
   config, tokenizer
 ):
   documents = open_documents(config.data, "train")
-  all_ids = [encode_document(tokenizer, documents[i].text) for i in range(len(documents))]
+  all_ids = [encode_document(tokenizer, documents[i]) for i in range(len(documents))]
   batches = take(make_loader(config, tokenizer), 200)
   streams = [np.concatenate([batch["targets"][row] for batch in batches]) for row in range(B)]
   found = [split_at_eos(stream, tokenizer.eos_token_id) for stream in streams]
@@ -248,7 +248,7 @@ def test_evaluation_counts_every_held_out_target_and_byte_once(config, tokenizer
   result = make_eval_batches(config, tokenizer)
   assert result.num_bytes == sum(len(text.encode()) for text in texts) > 0
   targets = [batch["targets"][batch["weights"] > 0] for batch in result.batches]
-  expected = [encode_document(tokenizer, text)[1:] for text in texts]
+  expected = [encode_document(tokenizer, Document("", text))[1:] for text in texts]
   np.testing.assert_array_equal(np.concatenate(targets), np.concatenate(expected))
   assert {batch["tokens"].shape for batch in result.batches} == {(B, sequence_length)}
 

@@ -140,7 +140,7 @@ def test_prefill_and_steps_give_the_references_logits_for_prompts_of_unequal_len
   golden,
 ):
   case, config = golden.case, golden.model.config
-  prompts = [case.arrays[f"gen{i}.prompt"][0] for i in case.generations]
+  prompts = [case.arrays[f"gen{i}.prompt"][0].tolist() for i in case.generations]
   tokens, segment_ids = pad_prompts(prompts, 0)
   new = np.concatenate([case.arrays[f"gen{i}.tokens"] for i in case.generations])
 

@@ -1,0 +1,120 @@
+"""Every mesh axis, and mixtures of them, against one device; and meshes that cannot be."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from tiny import packed_batch, tiny_arrays, tiny_config, tiny_run
+
+from maxllama4.config import MESH_AXES, ConfigError, MeshConfig
+from maxllama4.mesh import build_mesh
+from maxllama4.model.weights import ModelTemplate
+from maxllama4.sharding import use_mesh
+from maxllama4.training.step import batch_totals, microbatch_objective
+
+# Every dimension divides by 8; one layer is dense, chunked and with RoPE, one has experts, is global and without.
+MODEL = tiny_config(
+  num_attention_heads=8,
+  num_key_value_heads=8,
+  head_dim=4,
+  num_local_experts=8,
+  num_experts_per_tok=2,
+)
+MESHES = (
+  {"data": 8},
+  {"fsdp": 8},
+  {"expert": 8},
+  {"tensor": 8},
+  {"context": 8},
+  {"data": 2, "fsdp": 2, "expert": 2},
+  {"fsdp": 2, "tensor": 2, "context": 2},
+  {"expert": 4, "tensor": 2},
+  {"expert": 2, "context": 4},
+)
+TOLERANCE = 1e-5
+
+
+def run_on(mesh: MeshConfig):
+  losses = {"load_balance_loss": 0.1, "router_z_loss": 0.1, "z_loss": 0.1}
+  return tiny_run(MODEL, mesh=mesh, sequence_length=8, **losses)
+
+
+def loss_and_gradients(config, model, batch):
+  """What the training step takes from one microbatch, all leaves in order."""
+  template = ModelTemplate(config.model)
+
+  def objective(model, batch):
+    return microbatch_objective(config, template, model, batch, batch_totals(batch))
+
+  return jax.tree.leaves(jax.jit(jax.value_and_grad(objective, has_aux=True))(model, batch))
+
+
+@functools.cache
+def on_one_device():
+  """A batch of packed documents with padding, a model, and what `loss_and_gradients` makes of them."""
+  batch = packed_batch(8, 8)
+  model = tiny_arrays(MODEL)
+  return batch, model, loss_and_gradients(run_on(MeshConfig()), model, batch)
+
+
+def name_of(sizes):
+  return "-".join(f"{axis}{size}" for axis, size in sizes.items())
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=name_of)
+def test_a_mesh_gives_the_loss_and_the_gradients_of_one_device(sizes):
+  batch, model, expected = on_one_device()
+  config = run_on(MeshConfig(**{"fsdp": 1} | sizes))
+  with use_mesh(build_mesh(config), config.mesh) as context:
+    model = jax.device_put(model, ModelTemplate(MODEL).shardings(context))
+    batch = jax.device_put(batch, context.sharding(("batch", "length")))
+    found = loss_and_gradients(config, model, batch)
+  for one, other in zip(found, expected, strict=True):
+    np.testing.assert_allclose(one, other, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "changes", "numbers"),
+  [
+    ({"tensor": 8}, {"num_key_value_heads": 4}, ("num_key_value_heads=4", "mesh.tensor=8")),
+    ({"expert": 8}, {"num_local_experts": 4}, ("num_local_experts=4", "mesh.expert=8")),
+    ({"fsdp": 8}, {"hidden_size": 20}, ("hidden_size=20", "mesh.fsdp=8")),
+    ({"tensor": 8}, {"vocab_size": 33}, ("vocab_size=33", "mesh.tensor=8")),
+    ({"tensor": 8}, {"intermediate_size": 12}, ("intermediate_size=12", "mesh.tensor=8")),
+    ({"tensor": 8}, {"intermediate_size_mlp": 12}, ("intermediate_size_mlp=12", "mesh.tensor=8")),
+  ],
+)
+def test_a_dimension_that_the_mesh_cannot_split_is_an_error_with_both_numbers(
+  sizes, changes, numbers
+):
+  model = dataclasses.replace(MODEL, **changes)
+  with pytest.raises(ConfigError) as error:
+    tiny_run(model, mesh=MeshConfig(**{"fsdp": 1} | sizes), sequence_length=8)
+  assert all(number in str(error.value) for number in numbers)
+
+
+def test_an_axis_that_takes_what_is_left_is_checked_too_once_the_devices_are_counted():
+  config = tiny_run(MODEL, mesh=MeshConfig(fsdp=-1), batch_size=4)
+  with pytest.raises(ConfigError, match=r"batch_size.*=4 .* 8 parts .*mesh.fsdp=8"):
+    build_mesh(config)
+  assert build_mesh(config, jax.devices()[:4]).shape["fsdp"] == 4
+
+
+@pytest.mark.parametrize("sizes", [{"data": 4, "fsdp": 1}, {"data": 3, "fsdp": -1}])
+def test_a_mesh_of_another_number_of_devices_is_an_error_with_both_numbers(sizes):
+  config = tiny_run(MODEL, mesh=MeshConfig(**sizes), batch_size=12)
+  with pytest.raises(ConfigError) as error:
+    build_mesh(config)
+  assert {"8", str(sizes["data"])} <= set(re.findall(r"\d+", str(error.value)))
+
+
+def test_axes_stand_in_one_order_and_the_compiler_places_what_is_not_said():
+  mesh = build_mesh(run_on(MeshConfig(tensor=2, expert=2)))
+  assert tuple(mesh.shape.items()) == (
+    ("data", 1), ("fsdp", 2), ("expert", 2), ("tensor", 2), ("context", 1),
+  )  # fmt: skip
+  assert mesh.axis_names == MESH_AXES
+  assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}

@@ -1,0 +1,92 @@
+"""Schedules, decay mask, clipping, and the whole chain against AdamW in plain NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import tiny_arrays, tiny_config
+
+from maxllama4.config import OptimizerConfig
+from maxllama4.model.weights import ModelTemplate
+from maxllama4.training.optimizer import is_decayed, learning_rate_schedule, make_optimizer
+from maxllama4.training.state import split_trainable
+
+MODEL = tiny_config(num_hidden_layers=5)
+
+
+@pytest.mark.parametrize(
+  ("settings", "values"),
+  [
+    ({"schedule": "constant"}, {0: 1.0, 50: 1.0, 99: 1.0}),
+    ({"schedule": "constant", "warmup_steps": 4}, {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 99: 1.0}),
+    ({"schedule": "linear"}, {0: 1.0, 50: 0.55, 100: 0.1}),
+    ({"schedule": "linear", "warmup_steps": 20}, {0: 0.05, 19: 1.0, 20: 1.0, 60: 0.55, 100: 0.1}),
+    ({"schedule": "cosine"}, {0: 1.0, 50: 0.55, 100: 0.1}),
+    ({"schedule": "cosine", "warmup_steps": 20}, {19: 1.0, 20: 1.0, 60: 0.55, 100: 0.1}),
+    ({"schedule": "cosine", "final_fraction": 0.0}, {25: (1 + np.sqrt(0.5)) / 2, 100: 0.0}),
+    ({"schedule": "wsd", "warmup_steps": 10}, {9: 1.0, 50: 1.0, 80: 1.0, 90: 0.55, 100: 0.1}),
+    ({"schedule": "wsd", "decay_fraction": 1.0}, {0: 1.0, 50: 0.55, 100: 0.1}),
+    ({"schedule": "linear", "warmup_steps": 1}, {0: 1.0, 1: 1.0, 100: 0.1}),
+  ],
+)
+def test_a_schedule_of_100_steps_passes_its_key_values(settings, values):
+  schedule = learning_rate_schedule(OptimizerConfig(learning_rate=2.0, **settings), 100)
+  for step, value in values.items():
+    np.testing.assert_allclose(schedule(jnp.int32(step)), 2.0 * value, rtol=1e-5, atol=1e-7)
+
+
+def test_matrices_decay_and_norms_and_the_embedding_do_not():
+  trainable = ModelTemplate(MODEL).trainable
+  kept = {path for path in trainable if not is_decayed(path)}
+  assert kept == {path for path in trainable if path.endswith("norm/weight")} | {"embed/weight"}
+  assert "head/weight" in trainable and "decoder/cycles/layers/1/feed_forward/gate_up" not in kept
+  assert not any(path.endswith("router/bias") for path in trainable)
+
+
+def params_and_gradients(scale):
+  template = ModelTemplate(tiny_config())
+  params, fixed = split_trainable(tiny_arrays(template.config), template)
+  assert list(fixed) == ["decoder/rest/layers/1/feed_forward/router/bias"]
+  gradients, _ = split_trainable(tiny_arrays(template.config, seed=1), template)
+  return template, params, jax.tree.map(lambda g: scale * g, gradients)
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.0])
+def test_two_steps_are_adamw_with_clipping_and_decoupled_decay(limit):
+  template, params, gradients = params_and_gradients(scale=1.0)
+  config = OptimizerConfig(
+    learning_rate=0.1, schedule="linear", weight_decay=0.2, max_gradient_norm=limit
+  )
+  optimizer = make_optimizer(config, 10, template)
+  expected = {path: np.asarray(value, np.float64) for path, value in params.items()}
+  norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in gradients.values()))
+  assert norm > 1  # so that clipping does something
+  clip = min(1.0, limit / norm) if limit else 1.0
+  moments = {path: (0.0, 0.0) for path in params}
+  state = optimizer.init(params)
+  update = jax.jit(optimizer.update)
+  for step in range(2):
+    updates, state = update(gradients, state, params)
+    params = optax.apply_updates(params, updates)
+    rate = 0.1 * (1 - 0.9 * step / 10)
+    for path, value in expected.items():
+      g = clip * np.asarray(gradients[path], np.float64)
+      m = config.b1 * moments[path][0] + (1 - config.b1) * g
+      v = config.b2 * moments[path][1] + (1 - config.b2) * g**2
+      moments[path] = (m, v)
+      unbiased = m / (1 - config.b1 ** (step + 1)), v / (1 - config.b2 ** (step + 1))
+      move = unbiased[0] / (np.sqrt(unbiased[1]) + config.eps)
+      decay = config.weight_decay * value if is_decayed(path) else 0
+      expected[path] = value - rate * (move + decay)
+  for path, value in expected.items():
+    np.testing.assert_allclose(params[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_small_gradients_are_not_clipped():
+  template, params, gradients = params_and_gradients(scale=1e-3)
+  results = []
+  for limit in (1.0, 0.0):
+    optimizer = make_optimizer(OptimizerConfig(max_gradient_norm=limit), 10, template)
+    results.append(jax.jit(optimizer.update)(gradients, optimizer.init(params), params)[0])
+  jax.tree.map(np.testing.assert_array_equal, *results)
