@@ -10,6 +10,5 @@ os.environ["XLA_FLAGS"] = (
 
 import jaxtyping
 
-# Every annotated function of these is checked by beartype from here on; in production annotations cost nothing.
 WITH_SHAPES = ("kernels", "model", "checkpoint", "training", "decoding", "sharding", "mesh")
-jaxtyping.install_import_hook([f"maxllama4.{name}" for name in WITH_SHAPES], "beartype.beartype")
+jaxtyping.install_import_hook([f"maxllama4.{name}" for name in WITH_SHAPES], "shapes.checked")

@@ -51,7 +51,7 @@ def generate(
   top_p: float = 1.0,
   seed: int = 0,
   stop_tokens: Sequence[int] = (),
-  pixel_values: None = None,
+  pixel_values: Float[Array, "tiles 3 S S"] | None = None,
   logprobs: bool = False,
 ) -> list[Completion]:
   """A completion of each prompt (lists of ids, of any lengths), all in one batch.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 # Rows a block, largest first: a group is cut greedily, so few calls do most of the work and little is computed in vain.
-BLOCKS = (512, 256, 128, 64)
+BLOCKS = (512, 320, 192, 144, 80, 48)
 # Up to so many rows in all (decoding), one row a block: a vector product is bound by reading the matrix, not by work.
 FEW_ROWS = 32
 
@@ -109,16 +109,15 @@ def _outer_products(rows, gradient, sizes):
   shape = (rows.shape[1], gradient.shape[1])
 
   def group(out, e, start, end):
-    def add_block(total, first, block):
+    def add_block(out, first, block):
       index = first + jnp.arange(block)
       block_rows = jax.lax.dynamic_slice_in_dim(rows, first, block)
       block_rows = jnp.where((index < end)[:, None], block_rows, 0)
       block_gradient = jax.lax.dynamic_slice_in_dim(gradient, first, block)
-      return total + jnp.einsum(
-        "rd,rf->df", block_rows, block_gradient, preferred_element_type=jnp.float32
+      return out.at[e].add(
+        jnp.einsum("rd,rf->df", block_rows, block_gradient, preferred_element_type=jnp.float32)
       )
 
-    total = _for_each_block(blocks, start, end, jnp.zeros(shape, jnp.float32), add_block)
-    return out.at[e].set(total)
+    return _for_each_block(blocks, start, end, out, add_block)
 
   return _for_each_group(sizes, jnp.zeros((sizes.shape[0], *shape), jnp.float32), group)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from maxllama4.config import ModelConfig
 from maxllama4.model.kv_cache import EMPTY, LayerCache, store_prompt, store_step
+from maxllama4.model.linear import project
 from maxllama4.model.norms import rms_normalize
 from maxllama4.model.rope import half_split, rope_tables, rotate
 from maxllama4.sharding import constrain, weight
@@ -145,10 +146,10 @@ class Attention(nnx.Module):
   ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Queries, keys and values, as scores use them."""
     config = self.config
-    weights = [w.astype(x.dtype) for w in (self.query, self.key, self.value)]
+    weights = [self.query.get_value(), self.key.get_value(), self.value.get_value()]
     if self.uses_rope:
-      weights[:2] = [half_split(w) for w in weights[:2]]
-    q, k, v = (jnp.einsum("BTD,DNH->BTNH", x, w) for w in weights)
+      weights[:2] = [half_split(weight) for weight in weights[:2]]
+    q, k, v = (project(x, weight) for weight in weights)
     if self.uses_rope:
       q, k = (rotate(z, sequences.cos, sequences.sin) for z in (q, k))
       if config.use_qk_norm:

@@ -31,7 +31,7 @@ class Llama4ForCausalLM(nnx.Module):
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    pixel_values: None = None,
+    pixel_values: Float[Array, "tiles 3 S S"] | None = None,
   ) -> Float[Array, "B T V"]:
     """Float32 logits of the next token at every place.
 

@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from maxllama4.config import ModelConfig
+from maxllama4.model.linear import project
 from maxllama4.sharding import constrain, weight
 
 
@@ -18,7 +19,6 @@ class GatedMLP(nnx.Module):
     self.down = weight(rngs, (intermediate_size, config.hidden_size), ("ffn", "embed"), config)
 
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    gate = jnp.einsum("BTD,DF->BTF", x, self.gate.astype(x.dtype))
-    up = jnp.einsum("BTD,DF->BTF", x, self.up.astype(x.dtype))
+    gate, up = project(x, self.gate.get_value()), project(x, self.up.get_value())
     hidden = constrain(jax.nn.silu(gate) * up, ("batch", "length", "ffn"))
     return jnp.einsum("BTF,FD->BTD", hidden, self.down.astype(x.dtype))

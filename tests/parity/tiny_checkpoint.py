@@ -3,6 +3,7 @@
 import pathlib
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 
 from maxllama4 import save_model
@@ -90,7 +91,7 @@ def tiny_model(variant: str, seed: int = 0) -> Llama4ForCausalLM:
       values = 0.5 * values
     else:
       values = 1.3 * values / np.sqrt(template.config.hidden_size)
-    arrays[path] = values.astype(np.float32)
+    arrays[path] = jnp.asarray(values, jnp.float32)
   return template.model(arrays)
 
 
