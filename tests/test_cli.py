@@ -253,3 +253,37 @@ def test_a_file_of_prompts_that_cannot_be_read_or_is_empty_is_named(tmp_path):
   ):
     with pytest.raises(ConfigError, match=f"prompts_file=.*{name} {reason}"):
       request(f"prompts_file={tmp_path / name}").prompts()
+
+
+# From text to an answer
+
+TINY = [
+  *("model.hidden_size=16", "model.intermediate_size=8", "model.intermediate_size_mlp=8"),
+  *("model.num_hidden_layers=1", "model.num_attention_heads=4", "model.head_dim=4"),
+  *("model.num_local_experts=2", "model.vocab_size=400", "model.attention_chunk_size=8"),
+  *("mesh.fsdp=1", "mesh.data=8", "training.steps=2", "training.batch_size=8"),
+  *("training.sequence_length=16", "training.eval_every=0"),
+  *("data.exclude=[]", "data.held_out_fraction=0"),
+]
+
+
+def test_a_run_trains_and_its_model_answers(capsys, tmp_path):
+  (tmp_path / "text.txt").write_text("def add(a, b):\n  return a + b\n" * 40)
+  run_dir = tmp_path / "run"
+  words = (*TINY, f"data.paths=[{tmp_path}/text.txt]", f"run_dir={run_dir}")
+  code, out, err = command(capsys, "train", QUICKSTART, *words)
+  assert (code, err) == (0, "") and "step 2/2" in out
+  assert command(capsys, "train", str(run_dir / "config.yml"))[1].count("nothing to do") == 1
+
+  (tmp_path / "prompts.jsonl").write_text('{"prompt": "def"}\n{"prompt": "return a"}\n')
+  request = ("max_new_tokens=3", "output=json", "logprobs=true", "num_samples=2")
+  prompts = f"prompts_file={tmp_path}/prompts.jsonl"
+  by_config = command(capsys, "decode", str(run_dir / "config.yml"), prompts, *request)
+  code, out, err = command(capsys, "decode", f"checkpoint={run_dir}", prompts, *request)
+  assert (code, out, err) == by_config and (code, err) == (0, "")
+  answers = [json.loads(line) for line in out.splitlines()]
+  assert [answer["prompt"] for answer in answers] == ["def", "def", "return a", "return a"]
+  for answer in answers:
+    assert answer["finish_reason"] in ("stop", "length")
+    assert len(answer["tokens"]) == len(answer["logprobs"]) <= 3
+    assert isinstance(answer["completion"], str) and len(answer["prompt_tokens"]) > 1

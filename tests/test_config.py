@@ -247,11 +247,6 @@ def test_a_value_outside_its_choices_is_told_them(path, override, choices):
     (["model.moe_layers=[1, 4]"], ["model.moe_layers=[1, 4]", "[4]", "num_hidden_layers=4"]),
     (["model.nope_layers=[-1]"], ["model.nope_layers=[-1]", "0..3"]),
     (["training.gradient_accumulation=3"], ["batch_size=8", "gradient_accumulation=3"]),
-    (["optimizer.warmup_steps=11"], ["optimizer.warmup_steps=11", "training.steps=10"]),
-    (
-      ["optimizer.schedule=wsd", "optimizer.warmup_steps=9"],
-      ["optimizer.warmup_steps=9", "decay_fraction=0.2", "training.steps=10"],
-    ),
     (["training.sequence_length=512"], ["sequence_length=512", "max_position_embeddings=256"]),
     (
       ["data.source=synthetic", "training.eval_every=5"],
@@ -285,6 +280,11 @@ def test_a_rope_scaling_with_its_factors_swapped_is_refused(path):
   text = yaml.safe_dump(scaling, default_flow_style=True).strip()
   message = mistake(path, f"model.rope_scaling={text}")
   assert "low_freq_factor=4.0 exceeds" in message and "high_freq_factor=1.0" in message
+
+
+def test_a_run_may_be_cut_short_by_its_steps_alone(path):
+  overrides = ["optimizer.warmup_steps=100", "optimizer.schedule=wsd", "training.steps=2"]
+  assert load_config(path, overrides).training.steps == 2
 
 
 def test_a_dimension_that_no_layer_has_need_not_divide(path):

@@ -126,7 +126,7 @@ def model_config_from_hf(raw: dict[str, Any], dtype: str, source: pathlib.Path) 
   section = _DEFAULTS | {name: value for name, value in raw.items() if name in names}
   section |= {
     "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 500000.0)),
-    "rope_scaling": _rope_scaling(scaling),
+    "rope_scaling": _rope_scaling(scaling, source),
     "nope_layers": nope_layers,
     "nope_layer_interval": nope_interval,
     "interleave_moe_layer_step": step,
@@ -171,11 +171,16 @@ def _nope_layers(raw: dict[str, Any], num_layers: int) -> tuple[list[int] | None
   return (None if nope == regular else nope), interval
 
 
-def _rope_scaling(scaling: dict[str, Any]) -> dict[str, Any] | None:
-  if scaling.get("rope_type", "default") == "default":
+def _rope_scaling(scaling: dict[str, Any], source: pathlib.Path) -> dict[str, Any] | None:
+  kind = scaling.get("rope_type") or scaling.get("type") or "default"  # `type` in the oldest files
+  if kind == "default":
     return None
+  if kind != "llama3":
+    raise ConfigError(
+      f"{source}: rope_scaling.rope_type={kind} is not supported; it must be llama3 or default."
+    )
   names = [field.name for field in dataclasses.fields(RopeScaling)]
-  return {name: scaling[name] for name in names if name in scaling}
+  return {name: scaling[name] for name in names if name in scaling} | {"rope_type": kind}
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

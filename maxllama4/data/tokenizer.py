@@ -103,8 +103,11 @@ class SentencePieceTokenizer:
     return ids
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Text of `ids`; special ids write nothing, bytes that are not UTF-8 write U+FFFD."""
-    return self._model.decode([int(i) for i in ids])
+    """Text of `ids`; special ids write nothing, bytes that are not UTF-8 write U+FFFD.
+
+    Nor do ids beyond the vocabulary, which a model with more rows than pieces may produce.
+    """
+    return self._model.decode([int(i) for i in ids if i < self.vocab_size])
 
   def _num_bytes(self, token_id: int) -> int:
     if self._model.is_byte(token_id):

@@ -96,9 +96,10 @@ def split_overrides(overrides: Sequence[str]) -> tuple[DecodeRequest, list[str]]
 
 
 def answer(
-  model: Llama4ForCausalLM, tokenizer: Any, request: DecodeRequest, out: TextIO = sys.stdout
+  model: Llama4ForCausalLM, tokenizer: Any, request: DecodeRequest, out: TextIO | None = None
 ) -> None:
-  """Completes the request's prompts and prints them."""
+  """Completes the request's prompts and prints them to `out`, or to standard output."""
+  out = out or sys.stdout
   texts = [text for text in request.prompts() for _ in range(request.num_samples)]
   prompts = [[tokenizer.bos_token_id, *tokenizer.encode(text)] for text in texts]
   if request.stream:

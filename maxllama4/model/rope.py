@@ -17,24 +17,26 @@ from maxllama4.config import ModelConfig, RopeScaling
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
   """Radians a position turns each pair of elements by: float32 [head_dim / 2].
 
+  Rounded to float32 step by step, as by the implementations that released weights were trained with: at position
+  100,000 a frequency's last bit already shows in the tables.
   Source: arXiv:2104.09864, section 3.2.2; scaling as rope_type "llama3" in Hugging Face transformers.
   """
-  pairs = np.arange(0, config.head_dim, 2, dtype=np.float64)
-  frequencies = config.rope_theta ** (-pairs / config.head_dim)
-  if config.rope_scaling is not None:
-    frequencies = _scale(frequencies, config.rope_scaling)
-  return frequencies.astype(np.float32)
+  exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+  frequencies = 1 / np.power(config.rope_theta, exponents, dtype=np.float64).astype(np.float32)
+  return frequencies if config.rope_scaling is None else _scale(frequencies, config.rope_scaling)
 
 
 def _scale(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-  """Long wavelengths stretched by `factor`, short ones kept, those between blended."""
-  turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+  """Long wavelengths stretched by `factor`, short ones kept, those between blended; float32 throughout."""
+  original = scaling.original_max_position_embeddings
+  wavelengths = np.float32(2 * math.pi) / frequencies
   band = scaling.high_freq_factor - scaling.low_freq_factor
   # With an empty band (Scout: both factors are 1) nothing lies strictly inside, so any finite blend will do.
-  blend = (turns - scaling.low_freq_factor) / (band or 1.0)
+  blend = (original / wavelengths - scaling.low_freq_factor) / (band or 1.0)
   between = (1 - blend) * frequencies / scaling.factor + blend * frequencies
-  long = np.where(turns < scaling.low_freq_factor, frequencies / scaling.factor, between)
-  return np.where(turns > scaling.high_freq_factor, frequencies, long)
+  long = wavelengths > original / scaling.low_freq_factor
+  short = wavelengths < original / scaling.high_freq_factor
+  return np.where(long, frequencies / scaling.factor, np.where(short, frequencies, between))
 
 
 def rope_tables(

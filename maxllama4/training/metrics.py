@@ -76,9 +76,10 @@ def to_plain(metrics: dict[str, jax.Array]) -> dict[str, Any]:
 class Progress:
   """One live line in a terminal, a line an event into a pipe."""
 
-  def __init__(self, steps: int, out: TextIO = sys.stdout):
-    self._steps, self._out = steps, out
-    self._live = out.isatty()
+  def __init__(self, steps: int, out: TextIO | None = None):
+    """Writes to `out`, or to standard output."""
+    self._steps, self._out = steps, out or sys.stdout
+    self._live = self._out.isatty()
 
   def show(self, step: int, values: dict[str, Any]) -> None:
     """A logged step: `values` as written to metrics.jsonl."""
