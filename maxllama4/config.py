@@ -358,6 +358,16 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+  """Several processes, one a host, as one run. TPU pods and Slurm say the rest; elsewhere set all of it."""
+
+  enabled: bool = False
+  coordinator_address: str | None = None  # host:port of process 0
+  num_processes: int | None = None
+  process_id: int | None = None  # from 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """One reproducible run."""
 
@@ -367,6 +377,7 @@ class Config:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+  distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
   run_dir: str
 
   def __post_init__(self):

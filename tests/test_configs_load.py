@@ -149,7 +149,7 @@ def test_the_page_on_configuration_gives_every_default_as_it_is():
 def test_a_page_that_shows_a_setting_shows_one_that_exists():
   """`section.name=value`, in every page and in the headers of the configurations; `$ ...` may show a mistake."""
   pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *RUNS]
-  setting = re.compile(r"\b((?:model|data|training|mesh|optimizer|checkpoint)\.[a-z0-9_.]+)=")
+  setting = re.compile(r"\b((?:model|data|training|mesh|optimizer|checkpoint|distributed)\.[a-z0-9_.]+)=")
   for page in pages:
     for path in setting.findall(re.sub(r"^\$ .*", "", page.read_text(), flags=re.MULTILINE)):
       assert path in SETTINGS or path.startswith("mesh.rules."), f"{page.name}: {path}"

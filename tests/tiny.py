@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxllama4.config import (
+  CheckpointConfig,
   Config,
   DataConfig,
   MeshConfig,
@@ -81,16 +82,26 @@ def tiny_model(config: ModelConfig | None = None, seed: int = 0) -> Llama4ForCau
   return ModelTemplate(config).model(tiny_arrays(config, seed))
 
 
-def tiny_run(model: ModelConfig | None = None, *, mesh=None, optimizer=None, **training) -> Config:
-  """A run of `model` on synthetic data; keyword arguments are settings of `training`."""
+def tiny_run(
+  model: ModelConfig | None = None,
+  *,
+  mesh: MeshConfig | None = None,
+  data: DataConfig | None = None,
+  optimizer: OptimizerConfig | None = None,
+  checkpoint: CheckpointConfig | None = None,
+  run_dir: object = "unused",
+  **training,
+) -> Config:
+  """A run of `model`, on synthetic data unless said otherwise; other keyword arguments are settings of `training`."""
   settings = {"steps": 10, "batch_size": 8, "sequence_length": 10, "loss_chunk": 32}
   return Config(
     model=model or tiny_config(),
-    data=DataConfig(source="synthetic"),
+    data=data or DataConfig(source="synthetic"),
     training=TrainingConfig(**settings | training),
     mesh=mesh or MeshConfig(),
     optimizer=optimizer or OptimizerConfig(),
-    run_dir="unused",
+    checkpoint=checkpoint or CheckpointConfig(),
+    run_dir=str(run_dir),
   )
 
 

@@ -25,6 +25,9 @@ from maxllama4.training.step import make_eval_step, make_train_step
 
 def train(config: Config) -> None:
   """Trains to `training.steps`, from the newest checkpoint of `run_dir` if there is one."""
+  hosts = config.distributed
+  if hosts.enabled:
+    jax.distributed.initialize(hosts.coordinator_address, hosts.num_processes, hosts.process_id)
   mesh = build_mesh(config)
   run_dir = pathlib.Path(config.run_dir)
   keep_config(config, run_dir)
@@ -107,7 +110,7 @@ class Run:
     step = make_train_step(self.config, self.template, self.optimizer, self.schedule)
     start = time.perf_counter()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.context.sharding(())))
     compiled = compiled.lower(self.state, batch).compile()
     total, active = count_parameters(self.config.model)
     self.progress.say(
@@ -168,7 +171,9 @@ class Run:
   def _evaluation(self, tokenizer: Any, hosts: dict[str, int]) -> Callable[[Any], dict[str, float]]:
     """A function from the model's arrays to loss (nats a token) and bits per byte on the held-out rows."""
     held_out = make_eval_batches(self.config, tokenizer, **hosts)
-    step = jax.jit(make_eval_step(self.config, self.template))
+    step = jax.jit(
+      make_eval_step(self.config, self.template), out_shardings=self.context.sharding(())
+    )
 
     def evaluate(model) -> dict[str, float]:
       sums = [to_plain(step(model, self._place(batch))) for batch in held_out.batches]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import pathlib
 import sys
 import time
@@ -42,9 +43,7 @@ class MetricsWriter:
       return
     path = run_dir / "metrics.jsonl"
     if path.exists():
-      kept = [
-        line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first_step
-      ]
+      kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
       path.write_text("".join(f"{line}\n" for line in kept))
     self._lines = path.open("a", encoding="utf-8")
     self._board = SummaryWriter(str(run_dir), purge_step=first_step + 1)
@@ -66,6 +65,14 @@ class MetricsWriter:
     if self._lines is not None:
       self._lines.close()
       self._board.close()
+
+
+def _step_of(line: str) -> float:
+  """The step of a line of metrics.jsonl; infinity for one that was cut off as its run was killed."""
+  try:
+    return float(json.loads(line)["step"])
+  except ValueError:
+    return math.inf
 
 
 def to_plain(metrics: dict[str, jax.Array]) -> dict[str, Any]:

@@ -90,3 +90,53 @@ def test_small_gradients_are_not_clipped():
     optimizer = make_optimizer(OptimizerConfig(max_gradient_norm=limit), 10, template)
     results.append(jax.jit(optimizer.update)(gradients, optimizer.init(params), params)[0])
   jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def orthogonalised(matrix):
+  """Five Newton-Schulz steps towards the nearest matrix with orthonormal rows or columns."""
+  x = np.asarray(matrix, np.float64)
+  x = x / np.linalg.norm(x)
+  for _ in range(5):
+    gram = x @ x.T
+    x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+  return x
+
+
+def matrices_of(path, array):
+  """The matrices [D, other] that Muon should see in an array."""
+  array = np.asarray(array, np.float64)
+  name = path.split("/", 4)[-1]
+  if name in ("attention/query", "attention/key", "attention/value"):
+    return [array.reshape(16, -1)]
+  if name == "attention/out":
+    return [array.reshape(-1, 16)]
+  if name == "feed_forward/gate_up":
+    return [array[e, :, side] for e in range(4) for side in range(2)]
+  if array.ndim == 3:
+    return list(array)
+  return [array]
+
+
+def test_muon_orthogonalises_each_matrix_of_a_stack_and_leaves_the_rest_to_adam():
+  template, params, gradients = params_and_gradients(scale=1.0)
+  config = OptimizerConfig(
+    name="muon",
+    learning_rate=0.1,
+    schedule="constant",
+    weight_decay=0.0,
+    max_gradient_norm=0.0,
+  )
+  optimizer = make_optimizer(config, 10, template)
+  updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+  for path, update in updates.items():
+    if path.startswith(("embed", "head")) or path.endswith(("norm/weight", "router/weight")):
+      adam = optax.adam(0.1, config.b1, config.b2, config.eps, nesterov=True)
+      expected, _ = adam.update(gradients[path], adam.init(params[path]))
+      np.testing.assert_allclose(update, expected, rtol=1e-5, err_msg=path)
+      continue
+    pairs = zip(matrices_of(path, update), matrices_of(path, gradients[path]), strict=True)
+    for moved, gradient in pairs:
+      expected = -orthogonalised(gradient)
+      scale = np.vdot(moved, expected) / np.vdot(expected, expected)
+      np.testing.assert_allclose(moved, scale * expected, atol=1e-3 * scale, err_msg=path)
+      assert 0.01 < np.sqrt(np.mean(moved**2)) < 0.03, path  # AdamW's are about 0.2 x 0.1

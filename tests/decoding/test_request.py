@@ -1,0 +1,97 @@
+"""What decode.py is asked for, and what it prints."""
+
+import json
+
+import pytest
+from tiny import tiny_model
+
+from maxllama4 import ConfigError
+from maxllama4.decoding.generate import Completion, generate
+from maxllama4.decoding.request import DecodeRequest, answer, cut_at_stop, split_overrides
+
+
+class Letters:
+  """A tokenizer of 26 letters: a is 5, b is 6, ..."""
+
+  bos_token_id, stop_token_ids = 1, (2,)
+
+  def encode(self, text):
+    return [ord(letter) - ord("a") + 5 for letter in text]
+
+  def decode(self, ids):
+    return "".join(chr(i - 5 + ord("a")) if i >= 5 else "." for i in ids)
+
+
+@pytest.fixture
+def printed(capsys):
+  """A function from settings to what is printed for them."""
+
+  def run(**settings):
+    settings = {"max_new_tokens": 6, "temperature": 0.0} | settings
+    answer(tiny_model(seed=2), Letters(), DecodeRequest(**settings))
+    return capsys.readouterr().out
+
+  return run
+
+
+def test_json_holds_what_was_asked_and_what_came(printed, tmp_path):
+  (tmp_path / "prompts").write_text('{"prompt": "abc"}\n{"prompt": "z"}\n')
+  text = printed(
+    prompts_file=str(tmp_path / "prompts"), output="json", num_samples=2, logprobs=True
+  )
+  records = [json.loads(line) for line in text.splitlines()]
+  assert [record["prompt"] for record in records] == ["abc", "abc", "z", "z"]
+  prompts = [[1, 5, 6, 7], [1, 5, 6, 7], [1, 30], [1, 30]]
+  completions = generate(tiny_model(seed=2), prompts, 6, stop_tokens=(2,))
+  for record, prompt, completion in zip(records, prompts, completions):
+    assert record["prompt_tokens"] == prompt and record["tokens"] == completion.tokens
+    assert record["completion"] == Letters().decode(completion.tokens)
+    assert record["finish_reason"] == completion.finish_reason
+    assert len(record["logprobs"]) == len(record["tokens"])
+
+
+def test_text_is_the_same_in_pieces_and_at_once_and_echo_puts_the_prompt_before_it(printed):
+  whole = printed(prompt="abc", max_new_tokens=20)
+  assert printed(prompt="abc", max_new_tokens=20, stream=True) == whole
+  assert printed(prompt="abc", max_new_tokens=20, echo=True) == "abc" + whole
+
+
+def test_a_completion_ends_with_the_token_in_which_a_stop_text_is_complete():
+  completion = Completion([5, 6, 7, 8, 9], [0.0] * 5, "length")  # abcde
+  cut = cut_at_stop(completion, ["zz", "cd", "e"], Letters().decode)
+  assert cut == Completion([5, 6, 7, 8], [0.0] * 4, "stop")
+  assert cut_at_stop(completion, ["x"], Letters().decode) is completion
+
+
+def test_settings_of_the_request_are_told_from_those_of_the_configuration():
+  request, rest = split_overrides(
+    ["prompt=max_new_tokens: 3", "model.vocab_size=8", "temperature=0", "stop=[a, b]", "x=1"]
+  )
+  assert (request.prompt, request.temperature) == ("max_new_tokens: 3", 0.0)
+  assert request.stop == ("a", "b") and rest == ["model.vocab_size=8", "x=1"]
+
+
+@pytest.mark.parametrize(
+  ("settings", "words"),
+  [
+    ({}, "prompt"),
+    ({"prompt": "a", "prompts_file": "b"}, "prompts_file"),
+    ({"prompt": "a", "output": "xml"}, "output=xml"),
+    ({"prompt": "a", "num_samples": 0}, "num_samples=0"),
+    ({"prompt": "a", "stream": True, "num_samples": 2}, "stream=true"),
+    ({"prompt": "a", "top_p": 2.0}, "top_p=2.0"),
+  ],
+)
+def test_a_request_that_makes_no_sense_is_refused(settings, words):
+  with pytest.raises(ConfigError, match=words):
+    DecodeRequest(**settings)
+
+
+@pytest.mark.parametrize(
+  ("content", "words"), [("", "is empty"), ('{"prompt": "a"}\n{"text": 1}\n', "line 2"), ("{", "line 1")]
+)
+def test_a_file_of_prompts_that_is_not_one_is_named_with_its_line(tmp_path, content, words):
+  (tmp_path / "prompts").write_text(content)
+  request = DecodeRequest(prompts_file=str(tmp_path / "prompts"))
+  with pytest.raises(ConfigError, match=words):
+    request.prompts()

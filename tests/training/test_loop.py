@@ -1,0 +1,141 @@
+"""A run from its configuration: what it leaves behind, and that stopping and going on changes nothing."""
+
+import dataclasses
+import json
+import pathlib
+import random
+import shutil
+
+import pytest
+from tiny import tiny_config, tiny_run
+
+from maxllama4 import ConfigError, load_config, load_model
+from maxllama4.config import CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig
+from maxllama4.training.loop import is_due, keep_config, train
+
+MODEL = tiny_config(vocab_size=320, initializer_range=0.1)
+TIMINGS = {"step_seconds", "tokens_per_second", "mfu"}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+  """Files of random sentences."""
+  folder, rng = tmp_path_factory.mktemp("texts"), random.Random(0)
+  words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(60)]
+  for i in range(12):
+    (folder / f"{i}.txt").write_text(". ".join(" ".join(rng.choices(words, k=7)) for _ in range(9)))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def config(texts, tmp_path_factory):
+  """Six steps of two microbatches on a mesh of three axes, all losses on."""
+  return tiny_run(
+    MODEL,
+    run_dir=tmp_path_factory.mktemp("run") / "whole",
+    data=DataConfig(paths=(str(texts),), held_out_fraction=0.2),
+    checkpoint=CheckpointConfig(every=2, keep=1, keep_every=2),
+    mesh=MeshConfig(data=2, fsdp=2, expert=2),
+    optimizer=OptimizerConfig(learning_rate=0.03, warmup_steps=2),
+    steps=6,
+    batch_size=16,
+    gradient_accumulation=2,
+    log_every=1,
+    eval_every=3,
+    load_balance_loss=0.01,
+    router_bias_update_rate=0.01,
+  )
+
+
+@pytest.fixture(scope="module")
+def whole(config):
+  """The run directory of a run that was never stopped."""
+  train(config)
+  return pathlib.Path(config.run_dir)
+
+
+def lines_of(run_dir):
+  lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+  return {line["step"]: line for line in lines}
+
+
+def test_a_run_directory_holds_all_that_a_run_was(config, whole):
+  assert load_config(whole / "config.yml") == config
+  assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["2", "4", "6"]
+  assert list(whole.glob("events.out.tfevents.*")) and (whole / "tokenizer.model").exists()
+  assert load_model(whole).config == MODEL
+
+
+def test_every_logged_step_has_the_metrics_that_users_rely_on(config, whole):
+  lines = lines_of(whole)
+  assert list(lines) == [1, 2, 3, 4, 5, 6]
+  for step, line in lines.items():
+    assert {
+      "step", "loss", "tokens", "learning_rate", "gradient_norm", "step_seconds", "tokens_per_second", "mfu",
+      "moe/load_balance_loss", "moe/max_load", "moe/min_load", "moe/dropped_tokens",
+    } <= set(line)  # fmt: skip
+    assert ({"eval/loss", "eval/bits_per_byte"} <= set(line)) == (step in (3, 6))
+    assert line["moe/dropped_tokens"] == 0 and line["mfu"] is None
+    assert 0 < line["tokens"] <= step * 16 * 10
+  assert lines[1]["learning_rate"] == pytest.approx(0.015)
+  assert lines[6]["loss"] < lines[1]["loss"] and lines[6]["eval/loss"] < lines[3]["eval/loss"]
+  assert 0 < lines[6]["eval/bits_per_byte"] < 8
+
+
+def stopped_after(step, whole, folder):
+  """A copy of the run as it was when its checkpoint of `step` was the newest, with later lines still there."""
+  shutil.copytree(whole, folder)
+  for path in (folder / "checkpoints").iterdir():
+    if int(path.name) > step:
+      shutil.rmtree(path)
+  return folder
+
+
+def without_timings(line):
+  return {name: value for name, value in line.items() if name not in TIMINGS}
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_bit(config, whole, tmp_path):
+  folder = stopped_after(2, whole, tmp_path / "resumed")
+  train(dataclasses.replace(config, run_dir=str(folder)))
+  expected, found = lines_of(whole), lines_of(folder)
+  assert list(found) == [1, 2, 3, 4, 5, 6]
+  for step, line in expected.items():
+    assert without_timings(found[step]) == without_timings(line), step
+
+
+def test_a_run_goes_on_on_another_mesh(config, whole, tmp_path):
+  folder = stopped_after(4, whole, tmp_path / "moved")
+  training = dataclasses.replace(config.training, eval_every=0, gradient_accumulation=1)
+  mesh = MeshConfig(fsdp=4, tensor=2)
+  train(dataclasses.replace(config, run_dir=str(folder), mesh=mesh, training=training))
+  expected, found = lines_of(whole), lines_of(folder)
+  for step in (5, 6):
+    assert found[step]["loss"] == pytest.approx(expected[step]["loss"], abs=1e-5)
+    assert found[step]["tokens"] == expected[step]["tokens"]
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(config, whole, capsys):
+  before = (whole / "metrics.jsonl").read_bytes()
+  train(config)
+  assert "nothing to do" in capsys.readouterr().out
+  assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_directory_of_another_model_is_refused(config, whole):
+  other = dataclasses.replace(config, model=dataclasses.replace(MODEL, num_hidden_layers=3))
+  with pytest.raises(ConfigError, match=r"model.num_hidden_layers=3.* trained with 2"):
+    train(other)
+  assert load_config(whole / "config.yml") == config
+
+
+def test_settings_of_training_may_change_in_a_run_directory(config, tmp_path):
+  keep_config(config, tmp_path)
+  longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=9))
+  keep_config(longer, tmp_path)
+  assert load_config(tmp_path / "config.yml") == longer
+
+
+def test_what_is_done_every_few_steps_is_also_done_at_the_last():
+  assert [step for step in range(1, 8) if is_due(step, 3, 7)] == [3, 6, 7]
+  assert [step for step in range(1, 8) if is_due(step, 0, 7)] == [7]
