@@ -94,12 +94,16 @@ def main() -> None:
     "gradient_64_over_8": round(ratios["64 random gradient"] / ratios["8 random gradient"], 2),
   }
   print(f"dense: {dense * 1e3:.2f} ms, {report['dense_gflops_per_second']} GFLOP/s")
-  print(f"{'experts':>8} {'rows':>8} {'forward':>9} {'forward + gradient':>19}   (times the dense twin's seconds)")
+  print(
+    f"{'experts':>8} {'rows':>8} {'forward':>9} {'forward + gradient':>19}   (times the dense twin's seconds)"
+  )
   for experts in EXPERTS:
     for name in ("random", "skewed"):
       forward, gradient = (ratios[f"{experts} {name} {kind}"] for kind in ("forward", "gradient"))
       print(f"{experts:>8} {name:>8} {forward:>9.2f} {gradient:>19.2f}")
-  print(f"64 over 8 experts: forward {report['forward_64_over_8']}, with gradient {report['gradient_64_over_8']}")
+  print(
+    f"64 over 8 experts: forward {report['forward_64_over_8']}, with gradient {report['gradient_64_over_8']}"
+  )
   RESULT.parent.mkdir(exist_ok=True)
   RESULT.write_text(json.dumps(report, indent=2) + "\n")
 

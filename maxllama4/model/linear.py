@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 
 @jax.custom_vjp
-def project(x: Float[Array, "B T D"], weight: Float[Array, "D *out"]) -> Float[Array, "B T *out"]:
+def project(x: Float[Array, "B T D"], weight: Float[Array, "D ..."]) -> Float[Array, "B T ..."]:
   """x @ weight, `weight` cast to the dtype of `x`.
 
   The gradient of the weight is the product that automatic differentiation would take, with its operands the other way

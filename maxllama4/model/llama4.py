@@ -81,24 +81,28 @@ def sequences_of(
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
-  """Text parameters in all, and those active for one token (`num_experts_per_tok` experts a layer; embedding left out)."""
+  """Text parameters in all, and the weights of the products that one token takes part in.
+
+  The latter are attention, dense MLPs, shared and chosen experts and the head; embedding, norms and routers are left out.
+  """
   dim, kinds = config.hidden_size, config.layer_kinds
   heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-  attention = dim * heads * config.head_dim + 2 * dim  # with both norms
+  attention = dim * heads * config.head_dim
   expert = 3 * dim * config.intermediate_size
-  router = dim * config.num_local_experts
   dense = 3 * dim * config.intermediate_size_mlp
-  total = active = dim
-  for kind in kinds:
-    total += attention + (
-      router + (config.num_local_experts + 1) * expert if kind.is_moe else dense
-    )
-    active += attention + (
-      router + (config.num_experts_per_tok + 1) * expert if kind.is_moe else dense
-    )
   embedding = config.vocab_size * dim
-  total += embedding if config.tie_word_embeddings else 2 * embedding
-  return total, active + embedding
+  total = embedding * (1 if config.tie_word_embeddings else 2) + dim
+  active = embedding
+  for kind in kinds:
+    total += attention + 2 * dim
+    active += attention
+    if kind.is_moe:
+      total += dim * config.num_local_experts + (config.num_local_experts + 1) * expert
+      active += (config.num_experts_per_tok + 1) * expert
+    else:
+      total += dense
+      active += dense
+  return total, active
 
 
 def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
@@ -106,8 +110,7 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
   A layer's queries see half of min(sequence_length, chunk) keys on average.
   """
-  norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-  matmuls = 6 * (count_parameters(config)[1] - norms)
+  matmuls = 6 * count_parameters(config)[1]
   attention = 0.0
   for kind in config.layer_kinds:
     chunk = config.attention_chunk_size if kind.uses_rope else None

@@ -146,7 +146,7 @@ def test_an_index_that_names_a_file_outside_its_folder_is_refused(name, tmp_path
 def test_a_shard_that_is_not_there_is_named(tmp_path):
   maxllama4.save_model(tiny_model(), tmp_path, format="hf")
   (tmp_path / hf.SINGLE).unlink()
-  with pytest.raises(ConfigError, match="model.safetensors is missing"):
+  with pytest.raises(ConfigError, match=r"model\.safetensors is missing"):
     maxllama4.load_model(tmp_path)
 
 
@@ -245,7 +245,9 @@ def test_rope_scaling_is_found_wherever_a_file_says_it(section, key):
 def test_a_config_that_is_written_is_read_as_the_same():
   config = tiny_config(num_hidden_layers=5, rope_scaling=SCALING, moe_layers=(0, 3))
   raw = hf.config_to_hf(config, "float32")
-  again = hf.model_config_from_hf(json.loads(json.dumps(raw)), "float32", pathlib.Path("config.json"))
+  again = hf.model_config_from_hf(
+    json.loads(json.dumps(raw)), "float32", pathlib.Path("config.json")
+  )
   assert again.layer_kinds == config.layer_kinds
   names = [field.name for field in dataclasses.fields(config)]
   for name in set(names) - {"nope_layers", "nope_layer_interval"}:

@@ -88,7 +88,8 @@ def test_a_request_that_makes_no_sense_is_refused(settings, words):
 
 
 @pytest.mark.parametrize(
-  ("content", "words"), [("", "is empty"), ('{"prompt": "a"}\n{"text": 1}\n', "line 2"), ("{", "line 1")]
+  ("content", "words"),
+  [("", "is empty"), ('{"prompt": "a"}\n{"text": 1}\n', "line 2"), ("{", "line 1")],
 )
 def test_a_file_of_prompts_that_is_not_one_is_named_with_its_line(tmp_path, content, words):
   (tmp_path / "prompts").write_text(content)

@@ -10,7 +10,12 @@ import pytest
 from maxllama4.kernels.grouped_matmul import grouped_matmul
 
 E, D, F = 5, 6, 7
-ROWS = (1, 24, 200, 1300)  # fewer than any block, a decoding step's few, between blocks, more than the largest
+ROWS = (
+  1,
+  24,
+  200,
+  1300,
+)  # fewer than any block, a decoding step's few, between blocks, more than the largest
 
 
 def spread(kind: str, rows: int) -> np.ndarray:

@@ -142,7 +142,9 @@ def test_temperature_steps_where_the_logarithm_says_also_far_out():
   units = golden_units()
   positions = jnp.asarray(units["temperature.positions"], jnp.int32)[None]
   config = tiny_config(floor_scale=8192.0, attn_scale=0.1)
-  np.testing.assert_allclose(temperature(positions, config)[0], units["temperature.scale"], rtol=1e-6)
+  np.testing.assert_allclose(
+    temperature(positions, config)[0], units["temperature.scale"], rtol=1e-6
+  )
 
 
 def test_temperature_of_every_early_position_is_the_formula_in_float32():

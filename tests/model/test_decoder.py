@@ -63,7 +63,9 @@ def test_a_stack_has_exactly_the_layers_asked_for(pattern):
     for layer in layers
   ]
   assert kinds == expected_kinds(config)
-  assert all(isinstance(layer.feed_forward, GatedMLP) != kind[1] for layer, kind in zip(layers, kinds))
+  assert all(
+    isinstance(layer.feed_forward, GatedMLP) != kind[1] for layer, kind in zip(layers, kinds)
+  )
   queries = [path for path in template.shapes if path.endswith("attention/query")]
   stacked = {path: template.shapes[path].shape[:-3] for path in queries}
   assert sum(shape[0] if shape else 1 for shape in stacked.values()) == len(layers)

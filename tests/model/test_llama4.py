@@ -122,7 +122,8 @@ def test_a_model_taken_apart_and_put_together_is_the_same():
 
 
 @pytest.mark.parametrize(
-  ("name", "billions", "active"), [("llama4_scout", 107.77, 16.14), ("llama4_maverick", 400.71, 16.15)]
+  ("name", "billions", "active"),
+  [("llama4_scout", 107.77, 16.13), ("llama4_maverick", 400.71, 16.13)],
 )
 def test_released_sizes_have_the_published_parameters_and_flops(name, billions, active):
   config = load_config(CONFIGS / f"{name}.yml").model
@@ -132,7 +133,7 @@ def test_released_sizes_have_the_published_parameters_and_flops(name, billions, 
   assert round(total / 1e9, 2) == billions
   assert round(count_parameters(config)[1] / 1e9, 2) == active
   # 108.88 GFLOP without the routers, of which Maverick's are the larger.
-  assert 108.88 <= train_flops_per_token(config, 8192) / 1e9 <= 108.98
+  assert round(train_flops_per_token(config, 8192) / 1e9, 2) == 108.88
   assert config.num_cycles == 12 and config.inhomogeneous_layer_cycle_interval == 4
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from tiny import packed_batch, tiny_arrays, tiny_config
 
 from maxllama4.model.mlp import GatedMLP
-from maxllama4.model.moe import RoutedAndSharedMoE, route
+from maxllama4.model.moe import route
 from maxllama4.model.weights import ModelTemplate
 
 LAYER = 1  # of tiny_config(): the one with experts
@@ -139,8 +139,6 @@ def test_a_dense_layer_is_swiglu():
   config = tiny_config()
   mlp = GatedMLP(config, 24, rngs=nnx.Rngs(0))
   x = jax.random.normal(jax.random.key(0), (2, 3, 16))
-  weights = [
-    np.asarray(w.get_value(), np.float64) for w in (mlp.gate, mlp.up, mlp.down)
-  ]
+  weights = [np.asarray(w.get_value(), np.float64) for w in (mlp.gate, mlp.up, mlp.down)]
   expected = reference.gated_mlp(np.asarray(x, np.float64), *weights)
   np.testing.assert_allclose(mlp(x), expected, rtol=1e-5, atol=1e-5)

@@ -20,7 +20,11 @@ def test_a_writer_appends_one_object_a_step_and_tensorboard_events(tmp_path):
   writer = MetricsWriter(tmp_path, first_step=0)
   writer.write(1, VALUES | {"by_layer": [1.0, 2.0]})
   writer.write(2, VALUES)
-  assert lines_of(tmp_path)[0] == {"step": 1, **VALUES, "by_layer": [1.0, 2.0]}  # before it is closed
+  assert lines_of(tmp_path)[0] == {
+    "step": 1,
+    **VALUES,
+    "by_layer": [1.0, 2.0],
+  }  # before it is closed
   writer.close()
   assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
   assert list(tmp_path.glob("events.out.tfevents.*"))
@@ -68,7 +72,12 @@ def test_a_stopwatch_reads_the_mean_since_the_last_reading_and_leaves_pauses_out
 
 @pytest.mark.parametrize(
   ("kind", "flops"),
-  [("TPU v5p chip", 459e12), ("TPU v5 lite", 197e12), ("NVIDIA H100 80GB HBM3", 989e12), ("cpu", None)],
+  [
+    ("TPU v5p chip", 459e12),
+    ("TPU v5 lite", 197e12),
+    ("NVIDIA H100 80GB HBM3", 989e12),
+    ("cpu", None),
+  ],
 )
 def test_the_peak_of_a_chip_is_known_or_null(kind, flops):
   assert peak_flops(kind) == flops

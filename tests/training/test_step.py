@@ -10,11 +10,10 @@ import optax
 import pytest
 from tiny import packed_batch, tiny_arrays, tiny_config, tiny_run
 
-from maxllama4.config import MeshConfig
 from maxllama4.model.moe import RouterStatistics, router_statistics
 from maxllama4.model.weights import ModelTemplate
 from maxllama4.training.optimizer import learning_rate_schedule, make_optimizer
-from maxllama4.training.state import TrainState, init_state, split_trainable
+from maxllama4.training.state import TrainState, split_trainable
 from maxllama4.training.step import (
   batch_totals,
   make_eval_step,
@@ -41,9 +40,7 @@ SHOW_GRADIENTS = optax.GradientTransformation(
 @functools.cache
 def compiled_step(gradient_accumulation=1, remat="none"):
   template = ModelTemplate(MODEL)
-  config = tiny_run(
-    MODEL, gradient_accumulation=gradient_accumulation, remat=remat, **ALL_LOSSES
-  )
+  config = tiny_run(MODEL, gradient_accumulation=gradient_accumulation, remat=remat, **ALL_LOSSES)
   return jax.jit(
     make_train_step(config, template, SHOW_GRADIENTS, learning_rate_schedule(config.optimizer, 10))
   )
