@@ -284,12 +284,30 @@ def write_folder(folder: pathlib.Path, config: ModelConfig, arrays: Arrays) -> N
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
   """The config.json of a text model, in the spelling of transformers 5."""
   kinds = config.layer_kinds
-  same = (
-    "vocab_size hidden_size intermediate_size intermediate_size_mlp num_hidden_layers num_attention_heads"
-    " num_key_value_heads head_dim num_local_experts num_experts_per_tok interleave_moe_layer_step"
-    " attention_chunk_size use_qk_norm attn_temperature_tuning attn_scale max_position_embeddings rms_norm_eps"
-    " initializer_range tie_word_embeddings bos_token_id eos_token_id pad_token_id"
-  ).split()
+  same = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "intermediate_size_mlp",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "interleave_moe_layer_step",
+    "attention_chunk_size",
+    "use_qk_norm",
+    "attn_temperature_tuning",
+    "attn_scale",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "initializer_range",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+  ]
   rope = (
     {"rope_type": "default"}
     if config.rope_scaling is None
