@@ -48,7 +48,12 @@ blockwise.defvjp(_forward, _backward)
 
 
 def _blocks(rows) -> tuple[int, ...]:
-  return BLOCKS if rows.shape[0] > FEW_ROWS else (1,)
+  """Sizes of blocks for so many rows; one that a smaller size makes needless would only be compiled in vain."""
+  if rows.shape[0] <= FEW_ROWS:
+    return (1,)
+  return tuple(
+    block for block, smaller in zip(BLOCKS, (*BLOCKS[1:], 0)) if smaller < rows.shape[0]
+  )
 
 
 def _pad(rows):
