@@ -51,9 +51,7 @@ def _blocks(rows) -> tuple[int, ...]:
   """Sizes of blocks for so many rows; one that a smaller size makes needless would only be compiled in vain."""
   if rows.shape[0] <= FEW_ROWS:
     return (1,)
-  return tuple(
-    block for block, smaller in zip(BLOCKS, (*BLOCKS[1:], 0)) if smaller < rows.shape[0]
-  )
+  return tuple(block for block, smaller in zip(BLOCKS, (*BLOCKS[1:], 0)) if smaller < rows.shape[0])
 
 
 def _pad(rows):

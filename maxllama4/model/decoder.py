@@ -102,6 +102,7 @@ class Llama4Decoder(nnx.Module):
         lambda rngs: Llama4ScannableBlock(config, kinds[:period], rngs=rngs), self.num_cycles, rngs
       )
     self.rest = Llama4ScannableBlock(config, kinds[self.num_scanned :], rngs=rngs)
+    assert self.num_scanned + len(self.rest.layers) == config.num_hidden_layers
 
   def __call__(
     self,

@@ -7,6 +7,7 @@ import jax
 from maxllama4.config import MESH_AXES, Config
 from maxllama4.model.weights import ModelTemplate
 from maxllama4.training.optimizer import make_optimizer
+from maxllama4.training.state import array_of
 
 
 def bytes_per_device(config: Config) -> dict[str, int]:
@@ -19,20 +20,21 @@ def bytes_per_device(config: Config) -> dict[str, int]:
   params = {path: leaf for path, leaf in template.shapes.items() if path in template.trainable}
   optimizer = make_optimizer(config.optimizer, config.training.steps, template)
 
-  def parts(path: str) -> int:
-    axes = [axis for name in template.axes[path] if name for axis in config.mesh.axes_of(name)]
-    return math.prod(sizes[axis] for axis in axes)
+  axes, shapes = template.axes, template.shapes
+
+  def parts(array: str | None) -> int:
+    names = [name for name in axes[array] if name] if array else []
+    return math.prod(sizes[axis] for name in names for axis in config.mesh.axes_of(name))
 
   def size(path, leaf) -> int:
-    names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-    return leaf.size * leaf.dtype.itemsize // (parts(names[-1]) if names else 1)
+    return leaf.size * leaf.dtype.itemsize // parts(array_of(path, leaf, shapes))
 
   def total(tree) -> int:
     return sum(size(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree))
 
   return {
     "devices": math.prod(sizes.values()),
-    "parameters_bytes": total(template.shapes),
+    "parameters_bytes": total(shapes),
     "optimizer_bytes": total(jax.eval_shape(optimizer.init, params)),
     "gradients_bytes": total(params),
   }

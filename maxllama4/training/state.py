@@ -65,12 +65,15 @@ def abstract_state(
 
 def state_shardings(state: TrainState, template: ModelTemplate, context: MeshContext) -> TrainState:
   """A tree like `state` of shardings: the optimizer's copies of an array lie as the array does, scalars everywhere."""
-  by_path = template.shardings(context)
+  by_path, shapes = template.shardings(context), template.shapes
   replicated = context.sharding(())
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: by_path.get(array_of(path, leaf, shapes), replicated), state
+  )
 
-  def of(path, leaf):
-    names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-    named = names and names[-1] in by_path and leaf.shape == template.shapes[names[-1]].shape
-    return by_path[names[-1]] if named else replicated
 
-  return jax.tree_util.tree_map_with_path(of, state)
+def array_of(path: tuple, leaf: Any, shapes: dict[str, jax.ShapeDtypeStruct]) -> str | None:
+  """Which of the model's arrays (`shapes`) a leaf of the state is, or is a companion of; None for counters."""
+  names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+  name = names[-1] if names else None
+  return name if name in shapes and leaf.shape == shapes[name].shape else None
