@@ -324,6 +324,7 @@ class OptimizerConfig:
 
   name: str = "adamw"
   learning_rate: float = 3e-4  # at the peak
+  embedding_learning_rate: float | None = None  # muon: of what it leaves to AdamW; null: learning_rate
   schedule: str = "cosine"  # after the warm-up; linear, constant, or wsd: constant, then linear
   warmup_steps: int = 0  # a shorter run ends inside the warm-up
   decay_fraction: float = 0.2  # wsd: share of the steps spent decaying
@@ -338,6 +339,13 @@ class OptimizerConfig:
     one_of("optimizer.name", self.name, ("adamw", "muon"))
     one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
     positive("optimizer", self, "learning_rate eps")
+    if self.embedding_learning_rate is not None:
+      positive("optimizer", self, "embedding_learning_rate")
+      require(
+        self.name == "muon",
+        f"optimizer.embedding_learning_rate={self.embedding_learning_rate} is a setting of muon, but optimizer.name="
+        f"{self.name}; take muon, or null it.",
+      )
     not_negative("optimizer", self, "warmup_steps weight_decay max_gradient_norm")
     for name in ("b1", "b2", "decay_fraction", "final_fraction"):
       value = getattr(self, name)

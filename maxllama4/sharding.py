@@ -80,11 +80,19 @@ def weight(
   shape: tuple[int, ...],
   axes: tuple[str | None, ...],
   config: ModelConfig,
-  scale: float = 1.0,
 ) -> nnx.Param:
-  """A fresh weight in `param_dtype`: normal, standard deviation `scale * initializer_range`, axes named `axes`."""
-  value = scale * config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
+  """A fresh weight in `param_dtype`: normal, standard deviation `initializer_range`, axes named `axes`."""
+  value = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
   return nnx.Param(value.astype(config.param_dtype), logical_axes=axes)
+
+
+def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...], config: ModelConfig) -> nnx.Param:
+  """A fresh weight in `param_dtype` that starts at zero, axes named `axes`.
+
+  So do the weights that write to the residual stream: a fresh layer passes its input on, and learns faster from there
+  (docs/decisions/0004).
+  """
+  return nnx.Param(jnp.zeros(shape, config.param_dtype), logical_axes=axes)
 
 
 def ones(size: int, config: ModelConfig) -> nnx.Param:

@@ -13,7 +13,7 @@ from maxllama4.model.kv_cache import EMPTY, LayerCache, store_prompt, store_step
 from maxllama4.model.linear import project
 from maxllama4.model.norms import rms_normalize
 from maxllama4.model.rope import half_split, rope_tables, rotate
-from maxllama4.sharding import constrain, weight
+from maxllama4.sharding import constrain, weight, zeros
 
 # A row of queries is cut into at most so many blocks, each of which meets only the keys that it could see.
 MAX_QUERY_BLOCKS = 16
@@ -70,8 +70,13 @@ def attend(
   q = q.reshape(batch, length, k.shape[2], -1, size) * jnp.asarray(size**-0.5, q.dtype)
   scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
   scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(batch, length, heads, size)
+  largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+  weights = jnp.exp(scores - largest)
+  # Divided by their sum only after the product: T x H quotients in place of T x S, forward and backward.
+  sums = weights.sum(-1)  # B K G T
+  y = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  y = y / sums.transpose(0, 3, 1, 2)[..., None]
+  return y.astype(v.dtype).reshape(batch, length, heads, size)
 
 
 def self_attend(
@@ -109,7 +114,7 @@ class Attention(nnx.Module):
     self.query = weight(rngs, (dim, heads, size), ("embed", "heads", None), config)
     self.key = weight(rngs, (dim, kv_heads, size), ("embed", "kv_heads", None), config)
     self.value = weight(rngs, (dim, kv_heads, size), ("embed", "kv_heads", None), config)
-    self.out = weight(rngs, (heads, size, dim), ("heads", None, "embed"), config)
+    self.out = zeros((heads, size, dim), ("heads", None, "embed"), config)
     self.config, self.uses_rope = config, uses_rope
 
   @property

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from maxllama4.config import ModelConfig
 from maxllama4.model.linear import project
-from maxllama4.sharding import constrain, weight
+from maxllama4.sharding import constrain, weight, zeros
 
 
 class GatedMLP(nnx.Module):
@@ -16,7 +16,7 @@ class GatedMLP(nnx.Module):
   def __init__(self, config: ModelConfig, intermediate_size: int, *, rngs: nnx.Rngs):
     self.gate = weight(rngs, (config.hidden_size, intermediate_size), ("embed", "ffn"), config)
     self.up = weight(rngs, (config.hidden_size, intermediate_size), ("embed", "ffn"), config)
-    self.down = weight(rngs, (intermediate_size, config.hidden_size), ("ffn", "embed"), config)
+    self.down = zeros((intermediate_size, config.hidden_size), ("ffn", "embed"), config)
 
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     gate, up = project(x, self.gate.get_value()), project(x, self.up.get_value())

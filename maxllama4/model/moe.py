@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from maxllama4.config import ModelConfig
 from maxllama4.kernels.grouped_matmul import grouped_matmul
 from maxllama4.model.mlp import GatedMLP
-from maxllama4.sharding import MeshContext, current_mesh, weight
+from maxllama4.sharding import MeshContext, current_mesh, weight, zeros
 
 
 class RouterBias(nnx.Variable):
@@ -82,17 +82,12 @@ class RoutedAndSharedMoE(nnx.Module):
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     num_experts, features = config.num_local_experts, config.intermediate_size
-    shape = (
-      num_experts,
-      config.hidden_size,
-      2,
-      features,
-    )  # gate and up side by side, each split alike
+    # Gate and up side by side, each split alike.
+    shape = (num_experts, config.hidden_size, 2, features)
     self.router = Router(config, rngs=rngs)
     self.gate_up = weight(rngs, shape, ("experts", "embed", None, "ffn"), config)
-    self.down = weight(
-      rngs, (num_experts, features, config.hidden_size), ("experts", "ffn", "embed"), config
-    )
+    shape = (num_experts, features, config.hidden_size)
+    self.down = zeros(shape, ("experts", "ffn", "embed"), config)
     self.shared_expert = GatedMLP(config, features, rngs=rngs)
 
   def __call__(

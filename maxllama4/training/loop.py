@@ -161,6 +161,7 @@ class Run:
     return values
 
   def _evaluate(self, step: int) -> dict[str, float]:
+    jax.block_until_ready(self.state)  # steps still under way are training's time
     with self.stopwatch.pause():
       values = self.evaluate(self.state.model)
     self.progress.say(

@@ -44,8 +44,10 @@ def make_optimizer(
       schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decayed
     )
   else:
+    ratio = (config.embedding_learning_rate or config.learning_rate) / config.learning_rate
     update = optax.contrib.muon(
       schedule,
+      adam_learning_rate=lambda step: ratio * schedule(step),
       weight_decay=config.weight_decay,
       weight_decay_mask=decayed,
       adam_b1=config.b1,

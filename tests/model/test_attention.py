@@ -7,13 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from flax import nnx
 from golden import golden_units
-from tiny import packed_batch, tiny_config
+from tiny import packed_batch, tiny_config, tiny_model
 
 from maxllama4.config import RopeScaling
 from maxllama4.model.attention import (
-  Attention,
   Sequences,
   attend,
   attention_mask,
@@ -24,8 +22,7 @@ from maxllama4.model.attention import (
 
 @functools.cache
 def layer(uses_rope, **changes):
-  config = tiny_config(**changes)
-  return Attention(config, uses_rope=uses_rope, rngs=nnx.Rngs(0))
+  return tiny_model(tiny_config(**changes)).decoder.layer(0 if uses_rope else 1).attention
 
 
 def sequences(segment_ids, config, positions=None):

@@ -105,6 +105,26 @@ def test_scanned_layers_compute_what_they_do_one_by_one_and_report_in_order(num_
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_a_fresh_layer_passes_its_input_on_and_can_learn():
+  config = tiny_config(num_hidden_layers=5)
+  template = ModelTemplate(config)
+  arrays = template.init(jax.random.key(0))
+  tokens = packed_batch(1, 7)["tokens"]
+  positions = jnp.arange(7)[None]
+  sequences = Sequences.of(positions, jnp.ones_like(positions), config)
+
+  def stream(arrays):
+    model = template.model(arrays)
+    return model.decoder(model.embed(tokens), sequences)[0]
+
+  np.testing.assert_array_equal(stream(arrays), arrays["embed/weight"][tokens])
+  noise = jax.random.normal(jax.random.key(1), (1, 7, 16))
+  gradients = jax.jit(jax.grad(lambda arrays: (noise * stream(arrays)).sum()))(arrays)
+  for path, gradient in gradients.items():
+    if path.endswith(("/attention/out", "/down")):
+      assert np.abs(gradient).max() > 0, path
+
+
 def test_layers_of_a_stack_are_initialised_each_on_its_own():
   config = tiny_config(hidden_size=64, initializer_range=0.5)
   made = stack(lambda rngs: GatedMLP(config, 32, rngs=rngs), 3, nnx.Rngs(0))

@@ -7,10 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from flax import nnx
-from tiny import packed_batch, tiny_arrays, tiny_config
+from tiny import packed_batch, tiny_arrays, tiny_config, tiny_model
 
-from maxllama4.model.mlp import GatedMLP
 from maxllama4.model.moe import route
 from maxllama4.model.weights import ModelTemplate
 
@@ -136,8 +134,7 @@ def test_bfloat16_tokens_are_routed_by_float32_logits_and_scores():
 
 
 def test_a_dense_layer_is_swiglu():
-  config = tiny_config()
-  mlp = GatedMLP(config, 24, rngs=nnx.Rngs(0))
+  mlp = tiny_model().decoder.layer(0).feed_forward
   x = jax.random.normal(jax.random.key(0), (2, 3, 16))
   weights = [np.asarray(w.get_value(), np.float64) for w in (mlp.gate, mlp.up, mlp.down)]
   expected = reference.gated_mlp(np.asarray(x, np.float64), *weights)

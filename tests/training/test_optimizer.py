@@ -122,6 +122,7 @@ def test_muon_orthogonalises_each_matrix_of_a_stack_and_leaves_the_rest_to_adam(
   config = OptimizerConfig(
     name="muon",
     learning_rate=0.1,
+    embedding_learning_rate=0.3,
     schedule="constant",
     weight_decay=0.0,
     max_gradient_norm=0.0,
@@ -130,7 +131,7 @@ def test_muon_orthogonalises_each_matrix_of_a_stack_and_leaves_the_rest_to_adam(
   updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
   for path, update in updates.items():
     if path.startswith(("embed", "head")) or path.endswith(("norm/weight", "router/weight")):
-      adam = optax.adam(0.1, config.b1, config.b2, config.eps, nesterov=True)
+      adam = optax.adam(0.3, config.b1, config.b2, config.eps, nesterov=True)
       expected, _ = adam.update(gradients[path], adam.init(params[path]))
       np.testing.assert_allclose(update, expected, rtol=1e-5, err_msg=path)
       continue
