@@ -67,14 +67,17 @@ def load_image(source: ImageSource) -> Image.Image:
     return _to_rgb(source, getattr(source, "filename", None) or "the image")
   if not isinstance(source, str | os.PathLike):
     return _read(source, getattr(source, "name", None) or "the image")
-  path = pathlib.Path(source).expanduser()
   try:
-    file = path.open("rb")
-  except (OSError, ValueError) as error:  # ValueError: a null character in the path
+    file = pathlib.Path(source).expanduser().open("rb")
+  except (
+    OSError,
+    ValueError,
+    RuntimeError,
+  ) as error:  # the last two: a null character, an unknown ~user
     reason = getattr(error, "strerror", None) or error
-    raise DataError(f"{path} cannot be read: {reason}.") from None
+    raise DataError(f"{source} cannot be read: {reason}.") from None
   with file:
-    return _read(file, path)
+    return _read(file, source)
 
 
 def best_canvas(
@@ -103,8 +106,7 @@ def best_canvas(
   scales = [min(columns * tile_size / width, rows * tile_size / height) for rows, columns in grids]
   unshrunk = [scale for scale in scales if scale >= 1]
   chosen = min(unshrunk) if unshrunk and not resize_to_max_canvas else max(scales)
-  # Only one grid has this scale and the fewest tiles: were there two, the smaller of their rows and of their columns
-  # would make a third with the same scale and fewer.
+  # There are no ties: the tiles that two grids of this scale share are a grid of this scale, too.
   return min((grid for grid, scale in zip(grids, scales) if scale == chosen), key=math.prod)
 
 

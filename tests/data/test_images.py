@@ -376,6 +376,10 @@ def test_sixteen_bits_of_grey_keep_their_shades(kind):
   np.testing.assert_array_equal(found, np.repeat(values[..., None] >> 8, 3, axis=2))
 
 
+def test_a_dark_image_of_sixteen_bits_stays_dark():
+  assert reload(Image.fromarray(np.array([[0, 255]], np.uint16)), "PNG").max() == 0
+
+
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L"])
 def test_the_byte_order_of_sixteen_bits_is_heeded(mode):
   image = Image.frombytes(
@@ -438,6 +442,7 @@ def test_what_cannot_be_opened_is_named(tmp_path):
   assert error_of(missing) == f"{missing} cannot be read: No such file or directory."
   assert str(tmp_path) in error_of(tmp_path)
   assert "null" in error_of("a\0b.png")
+  assert "~nobody-of-this-name" in error_of("~nobody-of-this-name/a.png")
 
 
 @pytest.mark.parametrize(
