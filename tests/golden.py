@@ -60,6 +60,19 @@ def golden_case(name: str) -> GoldenCase:
   )
 
 
+def golden_table(name: str) -> Any:
+  """A table in JSON, of tokenizers, chats or images."""
+  return json.loads((golden_folder() / "units" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def golden_tokenizer_file() -> pathlib.Path:
+  """Meta's tokenizer of Llama 4, in the folder `assets` beside the cases; skips the test without it."""
+  path = golden_folder().parent / "assets" / "llama4_tokenizer.model"
+  if not path.exists():
+    pytest.skip(f"{path} does not exist: Meta's tokenizer of Llama 4")
+  return path
+
+
 def golden_units() -> dict[str, np.ndarray]:
   """Tables of single formulas."""
   return dict(np.load(golden_folder() / "units" / "units.npz"))

@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from maxllama4.config import ConfigError, config_from_section, parse_override
+from maxllama4.data.chat import ChatTemplate
 from maxllama4.decoding.generate import Completion, generate, stream
 from maxllama4.decoding.sampling import Sampling
 from maxllama4.model.llama4 import Llama4ForCausalLM
+
+Prompt = str | list[Any]  # a text to continue, or the messages of a dialog to answer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +24,7 @@ class DecodeRequest:
     None  # run directory, checkpoint or Hugging Face folder; null: the configuration's run_dir
   )
   prompt: str | None = None
-  prompts_file: str | None = None  # one JSON object a line, {"prompt": ...}
+  prompts_file: str | None = None  # one JSON object a line, {"prompt": ...} or {"messages": [...]}
   max_new_tokens: int = 128
   temperature: float = 0.8
   top_k: int = 0
@@ -57,8 +60,8 @@ class DecodeRequest:
   def sampling(self) -> Sampling:
     return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
-  def prompts(self) -> list[str]:
-    """The prompts' texts. Raises: ConfigError naming the line of `prompts_file` that is not {"prompt": TEXT}."""
+  def prompts(self) -> list[Prompt]:
+    """The prompts. Raises: ConfigError naming the line of `prompts_file` that holds none."""
     if self.prompt is not None:
       return [self.prompt]
     try:
@@ -67,17 +70,41 @@ class DecodeRequest:
       raise ConfigError(f"prompts_file={self.prompts_file} cannot be read ({error}).") from None
     prompts = []
     for number, line in enumerate(lines, 1):
-      try:
-        prompts.append(json.loads(line)["prompt"])
-      except (ValueError, KeyError, TypeError):
-        prompts.append(None)
-      if not isinstance(prompts[-1], str):
+      prompt = _prompt_of(line)
+      if prompt is None:
         raise ConfigError(
-          f'prompts_file={self.prompts_file}, line {number}: not {{"prompt": TEXT}}.'
+          f"prompts_file={self.prompts_file}, line {number}: neither"
+          ' {"prompt": TEXT} nor {"messages": [...]}.'
         )
+      prompts.append(prompt)
     if not prompts:
       raise ConfigError(f"prompts_file={self.prompts_file} is empty; write one JSON object a line.")
     return prompts
+
+
+def _prompt_of(line: str) -> Prompt | None:
+  """What a line of `prompts_file` asks for; None where it is malformed."""
+  try:
+    entry = json.loads(line)
+  except ValueError:
+    return None
+  if not isinstance(entry, dict):
+    return None
+  if isinstance(entry.get("prompt"), str):
+    return entry["prompt"]
+  return entry["messages"] if isinstance(entry.get("messages"), list) else None
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+  """Ids up to where the model's answer starts. Raises: ConfigError on malformed messages, and on images."""
+  if isinstance(prompt, str):
+    return [tokenizer.bos_token_id, *tokenizer.encode(prompt)]
+  chat = ChatTemplate().encode(tokenizer, prompt, add_generation_prompt=True)
+  if chat.images:
+    raise ConfigError(
+      "prompts_file: a message has an image, which cannot be decoded; leave it out."
+    )
+  return chat.ids
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[DecodeRequest, list[str]]:
@@ -100,10 +127,10 @@ def answer(
 ) -> None:
   """Completes the request's prompts and prints them to `out`, or to standard output."""
   out = out or sys.stdout
-  texts = [text for text in request.prompts() for _ in range(request.num_samples)]
-  prompts = [[tokenizer.bos_token_id, *tokenizer.encode(text)] for text in texts]
+  asked = [prompt for prompt in request.prompts() for _ in range(request.num_samples)]
+  prompts = [encode_prompt(tokenizer, prompt) for prompt in asked]
   if request.stream:
-    _stream(model, tokenizer, request, texts[0], prompts[0], out)
+    _stream(model, tokenizer, request, asked[0], prompts[0], out)
     return
   completions = generate(
     model,
@@ -116,14 +143,14 @@ def answer(
     tokenizer.stop_token_ids,
     logprobs=request.logprobs,
   )
-  for text, prompt, completion in zip(texts, prompts, completions):
+  for given, prompt, completion in zip(asked, prompts, completions):
     completion = cut_at_stop(completion, request.stop, tokenizer.decode)
     written = tokenizer.decode(completion.tokens)
     for stop in request.stop:
       written = written.split(stop)[0]
     if request.output == "json":
       record = {
-        "prompt": text,
+        "prompt": given,
         "completion": written,
         "prompt_tokens": prompt,
         "tokens": completion.tokens,
@@ -133,7 +160,8 @@ def answer(
         record["logprobs"] = completion.logprobs
       out.write(json.dumps(record) + "\n")
     else:
-      out.write((text if request.echo else "") + written + "\n")
+      shown = given if isinstance(given, str) else tokenizer.decode(prompt)
+      out.write((shown if request.echo else "") + written + "\n")
   out.flush()
 
 

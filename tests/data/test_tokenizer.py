@@ -1,11 +1,19 @@
-import random
+import json
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from golden import golden_table
+from tiny_tokenizers import TOKENS, write_hugging_face, write_tiktoken
 
 from maxllama4.config import ConfigError
 from maxllama4.data.sources import DataError, Document
-from maxllama4.data.tokenizer import load_tokenizer, train_tokenizer
+from maxllama4.data.tokenizer import (
+  LLAMA4_SPECIAL_TOKENS,
+  load_tokenizer,
+  train_tokenizer,
+)
 
 CODE = "class A:\n    def f(self, x):\n        return self.g(x) + 1\n\n\n    def g(self, x):\n        pass\n"
 
@@ -18,6 +26,21 @@ def documents(*texts):
 def tokenizer(tmp_path_factory):
   path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
   return train_tokenizer(documents(*[CODE + f"# {i}\n" for i in range(50)]), 512, path)
+
+
+@pytest.fixture(scope="module")
+def tiktoken(tmp_path_factory):
+  return load_tokenizer(write_tiktoken(tmp_path_factory.mktemp("tiktoken") / "a.model"))
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+  return load_tokenizer(write_hugging_face(tmp_path_factory.mktemp("hf") / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module", params=["tokenizer", "tiktoken", "hugging_face"])
+def any_tokenizer(request):
+  return request.getfixturevalue(request.param)
 
 
 HARD_TEXTS = [
@@ -37,24 +60,87 @@ HARD_TEXTS = [
 ]
 
 
+# Any Unicode, mixed with what tokenizers treat in a way of its own.
+PIECES = st.sampled_from(
+  [
+    *("<|eot|>", "<|header_start|>", "<s>", "</s>", "<pad>", "<|", "\u2581", "<0x41>"),
+    *("hello", " hello", "user", "1234", "A's", "'S", "  ", "\r\n", "\n\n", " \t", "\u0301"),
+  ]
+)
+TEXTS = st.lists(st.one_of(st.text(max_size=12), PIECES), max_size=8).map("".join)
+
+
 @pytest.mark.parametrize("text", HARD_TEXTS)
-def test_a_hard_text_comes_back_as_it_was(tokenizer, text):
-  assert tokenizer.decode(tokenizer.encode(text)) == text
+def test_a_hard_text_comes_back_as_it_was(any_tokenizer, text):
+  assert any_tokenizer.decode(any_tokenizer.encode(text)) == text
 
 
-def test_random_texts_come_back_byte_for_byte_and_without_special_ids(tokenizer):
-  rng = random.Random(0)
-  special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 3}  # 3: unk
-  pieces = ["\u2581", " ", "  ", "\n", "\t", "\0", "self", "return x", "<s>", "\r"]
-  for _ in range(300):
-    codes = (rng.choice((rng.randrange(0xD800), rng.randrange(0xE000, 0x110000))) for _ in range(9))
-    characters = [chr(code) for code in codes]  # all but surrogates
-    text = "".join(rng.choices(pieces + characters, k=rng.randrange(30)))
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.token_num_bytes[ids].sum() == len(text.encode())
-    assert not special & set(ids)
-    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.given(text=TEXTS)
+def test_any_text_comes_back_byte_for_byte_and_without_special_ids(any_tokenizer, text):
+  ids = any_tokenizer.encode(text)
+  assert any_tokenizer.decode(ids) == text
+  assert any_tokenizer.token_num_bytes[ids].sum() == len(text.encode())
+  assert not set(any_tokenizer.special_tokens.values()) & set(ids)
+  assert all(0 <= i < any_tokenizer.vocab_size for i in ids)
+
+
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.given(text=TEXTS, allow_special=st.booleans())
+def test_one_vocabulary_gives_the_same_ids_from_both_formats(
+  tiktoken, hugging_face, text, allow_special
+):
+  ids = tiktoken.encode(text, allow_special)
+  assert hugging_face.encode(text, allow_special) == ids
+  assert hugging_face.decode(ids) == tiktoken.decode(ids)
+
+
+def test_text_that_looks_like_a_special_token_is_text_unless_asked(any_tokenizer):
+  for name, i in any_tokenizer.special_tokens.items():
+    text = f"a{name}{name} b"
+    a, b = any_tokenizer.encode("a"), any_tokenizer.encode(" b")
+    assert any_tokenizer.encode(text, allow_special=True) == [*a, i, i, *b]
+    assert i not in any_tokenizer.encode(text)
+    assert any_tokenizer.decode(any_tokenizer.encode(text)) == text
+    assert any_tokenizer.decode([*a, i, *b]) == "a b"
+    assert any_tokenizer.token_num_bytes[i] == 0
+
+
+def test_ids_behind_the_merges_are_llama4s(tiktoken, hugging_face):
+  start = len(TOKENS)
+  for tokenizer in (tiktoken, hugging_face):
+    assert tokenizer.vocab_size == start + 2048 == len(tokenizer.token_num_bytes)
+    assert tokenizer.special_tokens["<|begin_of_text|>"] == tokenizer.bos_token_id == start
+    assert tokenizer.special_tokens["<|end_of_text|>"] == tokenizer.eos_token_id == start + 1
+    assert tokenizer.pad_token_id == start + 18
+    assert tokenizer.stop_token_ids == (start + 1, start + 7, start + 8)
+    np.testing.assert_array_equal(
+      tokenizer.token_num_bytes, [len(token) for token in TOKENS] + [0] * 2048
+    )
+  assert tiktoken.special_tokens == hugging_face.special_tokens
+  assert len(set(LLAMA4_SPECIAL_TOKENS)) == 2048
+
+
+def test_bytes_that_are_no_character_write_the_replacement_character(any_tokenizer):
+  ids = any_tokenizer.encode("x\U0001f9ff")
+  assert any_tokenizer.decode(ids[:-1]).rstrip("\ufffd") == "x" != any_tokenizer.decode(ids[:-1])
+  assert any_tokenizer.decode([*ids, any_tokenizer.vocab_size, -1]) == "x\U0001f9ff"
+
+
+def test_long_runs_and_texts_are_cut_where_meta_cuts_them(tiktoken):
+  def widths(text):
+    """Token lengths at the cuts: `aa` is a token, so an odd length before a cut leaves a single `a`."""
+    return [len(tiktoken.decode([i])) for i in tiktoken.encode(text)]
+
+  assert widths("a" * 25_000) == [2] * 12_500
+  assert widths("a" * 24_999 + " " + "a" * 24_999).count(1) == 3
+  # 25,001: one is left over behind the cut. With a sign in front, the cut falls inside a pair.
+  assert widths("a" * 25_001) == [2] * 12_500 + [1]
+  assert widths("!" + "a" * 25_001) == [1, *[2] * 12_499, 1, 2]
+  assert widths("  a" + "\n" * 25_001)[-2:] == [2, 1]
+  # A block ends after 400,000 characters whatever stands there; the run is counted anew behind it.
+  assert widths("a b " * 99_999 + "a baaaa")[-3:] == [1, 2, 1]
+  assert sum(widths(text := "a" * 1_000_000)) == len(text)  # and in time
 
 
 def test_special_ids_stand_for_no_text(tokenizer):
@@ -117,23 +203,76 @@ def test_a_long_text_on_one_line_and_texts_with_nul_are_learnt_from(tmp_path):
   assert len(tokenizer.encode(" marmalade")) == len(tokenizer.encode("quince")) == 1
 
 
-def test_a_folder_is_read_through_its_tokenizer_model(tmp_path, tokenizer):
-  train_tokenizer(documents(CODE), 300, tmp_path / "tokenizer.model")
-  loaded = [load_tokenizer(path) for path in (tmp_path, tmp_path / "tokenizer.model")]
-  assert loaded[0].encode(CODE) == loaded[1].encode(CODE)
+def test_a_folder_is_read_through_its_tokenizer_model_or_else_its_tokenizer_json(tmp_path):
+  write_hugging_face(tmp_path / "tokenizer.json")
+  folder = load_tokenizer(tmp_path)
+  assert folder.encode(CODE) == load_tokenizer(tmp_path / "tokenizer.json").encode(CODE)
+  trained = train_tokenizer(documents(CODE), 300, tmp_path / "tokenizer.model")
+  assert load_tokenizer(tmp_path).encode(CODE) == trained.encode(CODE) != folder.encode(CODE)
+  (tmp_path / "tokenizer.json").unlink()
+  assert load_tokenizer(tmp_path).vocab_size == trained.vocab_size
+  write_tiktoken(tmp_path / "tokenizer.model")
+  assert load_tokenizer(tmp_path).encode(CODE) == folder.encode(CODE)
+
+
+def test_files_beside_a_tokenizer_json_say_which_tokens_start_end_and_pad(tmp_path):
+  path = write_hugging_face(tmp_path / "tokenizer.json")
+  start = len(TOKENS)
+  config = {"bos_token": {"content": "<|fim_prefix|>"}, "eos_token": "<|eot|>", "pad_token": None}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+  (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|eom|>"}')
+  generation = {"bos_token_id": 5, "eos_token_id": [start + 1, 300], "pad_token_id": start + 4}
+  (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+  tokenizer = load_tokenizer(path)
+  assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (start + 2, start + 8)
+  assert tokenizer.pad_token_id == start + 4
+  assert tokenizer.stop_token_ids == tuple(sorted((300, start + 1, start + 7, start + 8)))
+  (tmp_path / "generation_config.json").write_text("[]")
+  with pytest.raises(ConfigError, match=r"generation_config\.json.* no JSON object"):
+    load_tokenizer(path)
 
 
 def test_what_cannot_be_read_or_trained_is_said_with_the_setting(tmp_path):
-  (tmp_path / "tokenizer.json").write_text("{}")
-  for path, reason in [
-    (tmp_path / "tokenizer.json", "not a SentencePiece model"),
-    (tmp_path, "tokenizer.model cannot be read"),
-    (tmp_path / "no", "cannot be read"),
+  files = {"a/tokenizer.json": b"{}", "b": b"no tokenizer", "c": b"QQ== 0\nQg== 2\n"}
+  files |= {"d": b"QQ== 0\n", "e": b"QQ== 0\nQQ== 1\n", "f": b"QQ== 0\nQQ= 1\n"}
+  (tmp_path / "a").mkdir()
+  for name, content in files.items():
+    (tmp_path / name).write_bytes(content)
+  (tmp_path / "empty").mkdir()
+  for name, reason in [
+    ("a", "not a tokenizer.json"),
+    ("b", "not a SentencePiece model, nor a tiktoken file or a tokenizer.json"),
+    ("c", "line 2: .* rank 1"),
+    ("d", "lacks tokens of single bytes"),
+    ("e", "line 2: "),
+    ("f", "line 2: "),
+    ("empty", "tokenizer.model cannot be read.*tokenizer.json"),
+    ("no", "cannot be read"),
   ]:
-    with pytest.raises(ConfigError, match=rf"data\.tokenizer={path}.*{reason}"):
-      load_tokenizer(path)
+    with pytest.raises(ConfigError, match=rf"data\.tokenizer={tmp_path / name}.*{reason}"):
+      load_tokenizer(tmp_path / name)
   with pytest.raises(ConfigError, match=r"model\.vocab_size=256 is too small.* need \d+"):
     train_tokenizer(documents(CODE), 256, tmp_path / "x.model")
   with pytest.raises(DataError, match="cannot be trained"):
     train_tokenizer(documents(""), 512, tmp_path / "x.model")
   assert not (tmp_path / "x.model").exists()
+
+
+def test_a_tokenizer_json_without_a_start_or_an_end_is_refused(tmp_path):
+  path = write_hugging_face(tmp_path / "tokenizer.json")
+  path.write_text(path.read_text().replace("begin_of_text", "start"))
+  with pytest.raises(ConfigError, match=r"no token for the start or the end"):
+    load_tokenizer(path)
+  (tmp_path / "generation_config.json").write_text('{"bos_token_id": 3}')
+  assert load_tokenizer(path).bos_token_id == 3
+
+
+def test_metas_file_gives_the_ids_of_metas_tokenizer(llama4_tokenizer):
+  assert llama4_tokenizer.vocab_size == 202_048
+  assert llama4_tokenizer.bos_token_id == 200_000 and llama4_tokenizer.pad_token_id == 200_018
+  assert llama4_tokenizer.stop_token_ids == (200_001, 200_007, 200_008)
+  for name, i in golden_table("special_tokens").items():
+    assert llama4_tokenizer.special_tokens[name] == i
+  for case in golden_table("tokenizer_public"):
+    assert llama4_tokenizer.encode(case["text"]) == case["ids"]
+    assert llama4_tokenizer.decode(case["ids"]) == case["decoded"]

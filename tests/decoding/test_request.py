@@ -4,10 +4,18 @@ import json
 
 import pytest
 from tiny import tiny_model
+from tiny_tokenizers import write_tiktoken
 
 from maxllama4 import ConfigError
+from maxllama4.data.tokenizer import load_tokenizer
 from maxllama4.decoding.generate import Completion, generate
-from maxllama4.decoding.request import DecodeRequest, answer, cut_at_stop, split_overrides
+from maxllama4.decoding.request import (
+  DecodeRequest,
+  answer,
+  cut_at_stop,
+  encode_prompt,
+  split_overrides,
+)
 
 
 class Letters:
@@ -63,6 +71,18 @@ def test_a_completion_ends_with_the_token_in_which_a_stop_text_is_complete():
   assert cut_at_stop(completion, ["x"], Letters().decode) is completion
 
 
+def test_messages_become_a_dialog_whose_answer_is_open(tmp_path):
+  messages = [{"role": "user", "content": "hello"}]
+  (tmp_path / "prompts").write_text(json.dumps({"messages": messages}) + '\n{"prompt": "hello"}\n')
+  chat, text = DecodeRequest(prompts_file=str(tmp_path / "prompts")).prompts()
+  tokenizer = load_tokenizer(write_tiktoken(tmp_path / "tokenizer.model"))
+  assert encode_prompt(tokenizer, chat) == tokenizer.encode_chat(messages)
+  assert encode_prompt(tokenizer, text) == [tokenizer.bos_token_id, *tokenizer.encode("hello")]
+  image = {"role": "user", "content": [{"type": "image", "size": [3, 4]}]}
+  with pytest.raises(ConfigError, match="image, which cannot be decoded"):
+    encode_prompt(tokenizer, [image])
+
+
 def test_settings_of_the_request_are_told_from_those_of_the_configuration():
   request, rest = split_overrides(
     ["prompt=max_new_tokens: 3", "model.vocab_size=8", "temperature=0", "stop=[a, b]", "x=1"]
@@ -89,7 +109,13 @@ def test_a_request_that_makes_no_sense_is_refused(settings, words):
 
 @pytest.mark.parametrize(
   ("content", "words"),
-  [("", "is empty"), ('{"prompt": "a"}\n{"text": 1}\n', "line 2"), ("{", "line 1")],
+  [
+    ("", "is empty"),
+    ('{"prompt": "a"}\n{"text": 1}\n', "line 2"),
+    ("{", "line 1"),
+    ('["a"]', "line 1"),
+    ('{"messages": "a"}', "line 1"),
+  ],
 )
 def test_a_file_of_prompts_that_is_not_one_is_named_with_its_line(tmp_path, content, words):
   (tmp_path / "prompts").write_text(content)
