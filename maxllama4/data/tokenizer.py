@@ -230,9 +230,8 @@ LLAMA4_PATTERN = "|".join(
   )
 )
 
-TIKTOKEN_LINE = re.compile(
-  rb"([A-Za-z0-9+/]+={0,2}) (\d+)\r?(?:\n|\Z)"
-)  # a token's bytes, its rank
+# A token's bytes and its rank.
+TIKTOKEN_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)\r?(?:\n|\Z)")
 # Longer texts and runs without a change between space and other characters would crash tiktoken, or take it a time
 # that grows with their square. Where they are cut is part of the format, since merges do not cross a cut.
 BLOCK_CHARACTERS, RUN_CHARACTERS = 400_000, 25_000
@@ -305,10 +304,9 @@ def _bounded_pieces(text: str) -> Iterator[str]:
 class HuggingFaceTokenizer(Tokenizer):
   """A `tokenizer.json`. What it does not say is read from the files beside it.
 
-  bos, eos and pad are named by `tokenizer_config.json`, `special_tokens_map.json`, or given as ids by
-  `generation_config.json`; else they are Llama 4's. A model without padding is padded with eos. Generation stops at
-  eos, at what `generation_config.json` says, and at Llama 4's ends of a turn. Raises: ConfigError when `content` is no
-  such file, or bos or eos cannot be found.
+  bos, eos and pad are what `tokenizer_config.json` or `special_tokens_map.json` names, or else Llama 4's, or else the
+  ids in `generation_config.json`; without padding, eos pads. Generation stops at eos, at what `generation_config.json`
+  says, and at Llama 4's ends of a turn. Raises: ConfigError when `content` is no such file, or bos or eos is missing.
   """
 
   def __init__(self, content: bytes, path: str | os.PathLike):
@@ -347,17 +345,17 @@ class HuggingFaceTokenizer(Tokenizer):
     stops = generation.get("eos_token_id")
     stops = stops if isinstance(stops, list) else [stops]
 
-    def find(name: str, given: Any, llama4: str) -> int | None:
+    def find(name: str, llama4: str, given: int | None) -> int | None:
       token = names.get(f"{name}_token")
       token = token["content"] if isinstance(token, dict) else token  # as transformers 4 writes it
-      found = (vocabulary.get(token), given, vocabulary.get(llama4))
+      found = (vocabulary.get(token), vocabulary.get(llama4), given)
       return next((i for i in found if i is not None), None)
 
-    bos = find("bos", generation.get("bos_token_id"), BEGIN_OF_TEXT)
-    eos = find("eos", stops[0], END_OF_TEXT)
+    bos = find("bos", BEGIN_OF_TEXT, generation.get("bos_token_id"))
+    eos = find("eos", END_OF_TEXT, stops[0])
     if bos is None or eos is None:
       raise _no_bos_or_eos(path)
-    pad = find("pad", generation.get("pad_token_id"), PADDING)
+    pad = find("pad", PADDING, generation.get("pad_token_id"))
     self.bos_token_id, self.eos_token_id = bos, eos
     self.pad_token_id = eos if pad is None else pad
     stops += [eos, *(vocabulary.get(name) for name in STOP_TOKENS)]
