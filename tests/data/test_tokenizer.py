@@ -106,6 +106,28 @@ def test_text_that_looks_like_a_special_token_is_text_unless_asked(any_tokenizer
     assert any_tokenizer.token_num_bytes[i] == 0
 
 
+def test_of_two_special_names_that_fit_the_longer_is_meant(tmp_path):
+  path = write_hugging_face(tmp_path / "tokenizer.json")
+  path.write_text(path.read_text().replace("<|fim_middle|>", "<|eot|>!"))
+  tokenizer = load_tokenizer(path)
+  ids = tokenizer.encode("<|eot|>!<|eot|>", allow_special=True)
+  assert ids == [tokenizer.special_tokens[name] for name in ("<|eot|>!", "<|eot|>")]
+
+
+@pytest.mark.parametrize(
+  "pieces",
+  [
+    ["123", "4"],  # `1234` is a token, but no more than three digits stand together
+    [" ", " hello"],  # `  ` is a token, but the last space goes with the word
+    ["hello", "\n\n", " ", " hello", "\n\n"],
+    ["user", "'s", " ", " hello", "123", "123"],
+  ],
+)
+def test_merges_do_not_cross_the_cuts_of_llama4s_pattern(tiktoken, pieces):
+  ids = tiktoken.encode("".join(pieces))
+  assert [tiktoken.decode([i]) for i in ids] == pieces
+
+
 def test_ids_behind_the_merges_are_llama4s(tiktoken, hugging_face):
   start = len(TOKENS)
   for tokenizer in (tiktoken, hugging_face):
