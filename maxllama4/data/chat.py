@@ -9,15 +9,16 @@ A message is a dictionary with `role` (system, user, assistant, tool) and `conte
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+from PIL import Image
 
 from maxllama4.config import ConfigError
+from maxllama4.data.images import ImageTokenIds, best_canvas, image_token_layout, load_image
 
 if typing.TYPE_CHECKING:
   from maxllama4.data.tokenizer import Tokenizer
@@ -123,18 +124,11 @@ class _Writer:
 
   def image_ids(self, width: int, height: int) -> list[int]:
     """Ids of an image: its tiles row by row if it has several, then a small copy of the whole."""
-    template, special = self.template, self.special
-    rows, columns = _best_canvas(width, height, template.tile_size, template.max_tiles)
-    tile = [special("<|patch|>")] * template.patches_per_tile
-    row = [*tile, *[special("<|tile_x_separator|>"), *tile] * (columns - 1)]
-    tiles = [*row, special("<|tile_y_separator|>")] * rows if rows * columns > 1 else []
-    return [
-      special("<|image_start|>"),
-      *tiles,
-      special("<|image|>"),
-      *tile,
-      special("<|image_end|>"),
-    ]
+    template = self.template
+    rows, columns = best_canvas(width, height, template.tile_size, template.max_tiles)
+    names = [field.name for field in dataclasses.fields(ImageTokenIds)]
+    ids = ImageTokenIds(**{name: self.special(f"<|{name}|>") for name in names})
+    return image_token_layout(rows, columns, template.patches_per_tile, ids)
 
   def special(self, name: str) -> int:
     if name not in self.tokenizer.special_tokens:
@@ -164,38 +158,17 @@ def tool_call_text(call: Mapping[str, Any], where: str = "tool_call") -> str:
 
 
 def _image_size(part: Part, where: str) -> tuple[int, int]:
-  """Width and height in pixels. Raises: ConfigError when the part has neither a size nor a readable image."""
+  """Width and height in pixels. Raises: ConfigError when the part has neither; DataError on a broken file."""
   size = part.get("size")
   if size is None:
-    size = _size_of(part.get("image"), where)
+    image = part.get("image")
+    if not isinstance(image, str | os.PathLike | Image.Image):
+      raise ConfigError(f"{where}.image={image!r} is neither a path nor an image.")
+    size = load_image(image).size  # upright, as its tiles will be
   if not (isinstance(size, Sequence) and len(size) == 2 and all(_is_positive(n) for n in size)):
     raise ConfigError(f"{where}.size={size!r} is not [width, height] in pixels.")
   return size[0], size[1]
 
 
-def _size_of(image: Any, where: str) -> tuple[int, int]:
-  from PIL import Image  # late: text needs no images
-
-  if isinstance(image, Image.Image):
-    return image.size
-  try:
-    with Image.open(image) as opened:
-      return opened.size
-  except (OSError, AttributeError) as error:
-    raise ConfigError(f"{where}.image={image!r} cannot be read as an image ({error}).") from None
-
-
 def _is_positive(number: Any) -> bool:
   return isinstance(number, int) and number > 0
-
-
-@functools.lru_cache(maxsize=1024)
-def _best_canvas(width: int, height: int, tile_size: int, max_tiles: int) -> tuple[int, int]:
-  """Rows and columns of tiles. To be replaced by `maxllama4.data.images.best_canvas`."""
-  grids = [(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1)]
-  sides = np.array(grids, np.float32) * np.float32(tile_size)
-  scales = (sides / np.array([height, width], np.float32)).min(axis=1)
-  best = scales[scales >= 1].min() if (scales >= 1).any() else scales.max()
-  return min(
-    (grid for grid, scale in zip(grids, scales) if scale == best), key=lambda g: g[0] * g[1]
-  )
