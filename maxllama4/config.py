@@ -78,6 +78,69 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+  """The vision tower, in the names of Hugging Face's `vision_config`."""
+
+  hidden_size: int
+  intermediate_size: int  # of an encoder layer, and channels after the pixel shuffle
+  num_hidden_layers: int
+  num_attention_heads: int
+  num_channels: int
+  image_size: int  # pixels, the side of a tile
+  patch_size: int  # pixels
+  pixel_shuffle_ratio: float
+  projector_input_dim: int
+  projector_output_dim: int
+  vision_output_dim: int
+  rope_theta: float
+
+  def __post_init__(self):
+    section = "model.vision_config"
+    positive(section, self, "hidden_size intermediate_size num_hidden_layers num_attention_heads")
+    positive(section, self, "num_channels image_size patch_size pixel_shuffle_ratio rope_theta")
+    positive(section, self, "projector_input_dim projector_output_dim vision_output_dim")
+    require(
+      self.hidden_size % (4 * self.num_attention_heads) == 0,
+      f"{section}.hidden_size={self.hidden_size} is not a multiple of 4 x"
+      f" {section}.num_attention_heads={self.num_attention_heads}; each head turns pairs by row and by column.",
+    )
+    require(
+      self.image_size % self.patch_size == 0,
+      f"{section}.image_size={self.image_size} is not a multiple of {section}.patch_size={self.patch_size}; a tile is"
+      " cut into whole patches.",
+    )
+    block = round(1 / self.pixel_shuffle_ratio)
+    require(
+      block * self.pixel_shuffle_ratio == 1 and self.patches_per_side % block == 0,
+      f"{section}.pixel_shuffle_ratio={self.pixel_shuffle_ratio} must be 1 / n, where n divides the"
+      f" {self.patches_per_side} patches along a tile's side.",
+    )
+    require(
+      self.intermediate_size == self.hidden_size * block**2,
+      f"{section}.intermediate_size={self.intermediate_size} must be {self.hidden_size * block**2}, the channels after"
+      f" the pixel shuffle (hidden_size={self.hidden_size} x {block**2}).",
+    )
+    require(
+      self.projector_output_dim == self.vision_output_dim,
+      f"{section}.projector_output_dim={self.projector_output_dim} differs from"
+      f" {section}.vision_output_dim={self.vision_output_dim}; the adapter's output is the tower's.",
+    )
+
+  @property
+  def head_dim(self) -> int:
+    return self.hidden_size // self.num_attention_heads
+
+  @property
+  def patches_per_side(self) -> int:
+    return self.image_size // self.patch_size
+
+  @property
+  def patch_tokens_per_tile(self) -> int:
+    """Places that a tile takes in the text."""
+    return round(self.patches_per_side * self.pixel_shuffle_ratio) ** 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerKind:
   """What one decoder layer is made of."""
 
@@ -87,7 +150,7 @@ class LayerKind:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-  """The architecture, in the names of Hugging Face's `config.json`. No field has a default.
+  """The architecture, in the names of Hugging Face's `config.json`. Nothing of the text model has a default.
 
   `nope_layers` and `moe_layers` list layer indices and win over the intervals when not null; `dtype` is that of the
   activations, `param_dtype` that of the weights (both come from the top of the run's YAML).
@@ -121,6 +184,10 @@ class ModelConfig:
   bos_token_id: int | None
   eos_token_id: int | tuple[int, ...] | None
   pad_token_id: int | None
+  vision_config: VisionConfig | None = None  # null: text only
+  image_token_index: int | None = None  # the patch token, whose places in the text image features take
+  boi_token_index: int | None = None  # stands before an image
+  eoi_token_index: int | None = None  # stands after an image
   dtype: str
   param_dtype: str
 
@@ -147,6 +214,12 @@ class ModelConfig:
         not outside,
         f"model.{name}={list(layers or ())} names layers {outside}, outside 0..{self.num_hidden_layers - 1}"
         f" (model.num_hidden_layers={self.num_hidden_layers}); correct the list, or null it to go by the interval.",
+      )
+    if self.vision_config is not None:
+      require(
+        self.image_token_index is not None and 0 <= self.image_token_index < self.vocab_size,
+        f"model.image_token_index={self.image_token_index} must be a token, 0..{self.vocab_size - 1}, where"
+        " model.vision_config is set.",
       )
     experts, choices = self.num_local_experts, self.num_experts_per_tok
     require(

@@ -87,7 +87,7 @@ def weight(
 
 
 def zeros(shape: tuple[int, ...], axes: tuple[str | None, ...], config: ModelConfig) -> nnx.Param:
-  """A fresh weight in `param_dtype` that starts at zero, axes named `axes`.
+  """A bias or weight in `param_dtype` that starts at zero, axes named `axes`.
 
   So do the weights that write to the residual stream: a fresh layer passes its input on, and learns faster from there
   (docs/decisions/0004).

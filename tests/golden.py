@@ -24,6 +24,7 @@ TEXT_CASES = (
   "p09_bf16_sharded",
   "p10_dense_nochunk",
 )
+VISION_CASES = ("p06_vlm",)
 # Max |delta| against the reference in float32; the reference itself has 1e-5 of noise on logits.
 LOGITS, ACTIVATIONS, LOSS, GRADIENT_NORM_RELATIVE = 5e-5, 1e-4, 1e-5, 1e-4
 

@@ -16,7 +16,13 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from maxllama4.config import ConfigError, ModelConfig, RopeScaling, config_from_section
+from maxllama4.config import (
+  ConfigError,
+  ModelConfig,
+  RopeScaling,
+  VisionConfig,
+  config_from_section,
+)
 from maxllama4.model.weights import Arrays, ModelTemplate, layer_place
 
 INDEX = "model.safetensors.index.json"
@@ -78,17 +84,69 @@ _MOE = (
 )
 
 
+_HEAD_BIAS = ((0, 1),)
+_VISION = (
+  ("patch_embedding.linear.weight", "patch_embedding/weight", _TRANSPOSED),
+  ("class_embedding", "class_embedding", _SAME),
+  ("positional_embedding_vlm", "positional_embedding", _MATRIX),
+  ("layernorm_pre.weight", "norm_pre/weight", _SAME),
+  ("layernorm_pre.bias", "norm_pre/bias", _SAME),
+  ("layernorm_post.weight", "norm_post/weight", _SAME),
+  ("layernorm_post.bias", "norm_post/bias", _SAME),
+  ("vision_adapter.mlp.fc1.weight", "adapter/fc1", _TRANSPOSED),
+  ("vision_adapter.mlp.fc2.weight", "adapter/fc2", _TRANSPOSED),
+)
+_VISION_LAYER = (
+  ("input_layernorm.weight", "input_norm/weight", _SAME),
+  ("input_layernorm.bias", "input_norm/bias", _SAME),
+  *(
+    entry
+    for theirs, ours in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"))
+    for entry in (
+      (f"self_attn.{theirs}.weight", f"attention/{ours}", _IN_PROJECTION),
+      (f"self_attn.{theirs}.bias", f"attention/{ours}_bias", _HEAD_BIAS),
+    )
+  ),
+  ("self_attn.o_proj.weight", "attention/out", _OUT_PROJECTION),
+  ("self_attn.o_proj.bias", "attention/out_bias", _SAME),
+  ("post_attention_layernorm.weight", "post_attention_norm/weight", _SAME),
+  ("post_attention_layernorm.bias", "post_attention_norm/bias", _SAME),
+  *(
+    entry
+    for name in ("fc1", "fc2")
+    for entry in (
+      (f"mlp.{name}.weight", f"mlp/{name}", _TRANSPOSED),
+      (f"mlp.{name}.bias", f"mlp/{name}_bias", _SAME),
+    )
+  ),
+)
+
+
 def tensor_table(config: ModelConfig) -> list[Tensor]:
-  """Every tensor of a text checkpoint, in the order of the files."""
-  table = [Tensor("model.embed_tokens.weight", "embed/weight", _MATRIX)]
+  """Every tensor of a checkpoint: the text model's, then the vision tower's."""
+  prefix = "" if config.vision_config is None else "language_model."
+  table = [Tensor(f"{prefix}model.embed_tokens.weight", "embed/weight", _MATRIX)]
   for i, kind in enumerate(config.layer_kinds):
-    prefix, index = layer_place(config, i)
+    place, index = layer_place(config, i)
     for name, path, groups in (*_LAYER, *(_MOE if kind.is_moe else _DENSE)):
-      table.append(Tensor(f"model.layers.{i}.{name}", f"{prefix}/{path}", groups, index))
-  table.append(Tensor("model.norm.weight", "norm/weight", _SAME))
+      table.append(Tensor(f"{prefix}model.layers.{i}.{name}", f"{place}/{path}", groups, index))
+  table.append(Tensor(f"{prefix}model.norm.weight", "norm/weight", _SAME))
   if not config.tie_word_embeddings:
-    table.append(Tensor("lm_head.weight", "head/weight", _TRANSPOSED))
-  return table
+    table.append(Tensor(f"{prefix}lm_head.weight", "head/weight", _TRANSPOSED))
+  return table if config.vision_config is None else table + _vision_tensors(config)
+
+
+def _vision_tensors(config: ModelConfig) -> list[Tensor]:
+  table = [Tensor(f"vision_model.{name}", f"vision/{path}", groups) for name, path, groups in _VISION]
+  table += [
+    Tensor(f"vision_model.model.layers.{i}.{name}", f"vision/encoder/layers/{path}", groups, i)
+    for i in range(config.vision_config.num_hidden_layers)
+    for name, path, groups in _VISION_LAYER
+  ]
+  return [
+    *table,
+    Tensor("multi_modal_projector.linear_1.weight", "projector/weight", _TRANSPOSED),
+  ]
 
 
 # Reading
@@ -97,16 +155,17 @@ def tensor_table(config: ModelConfig) -> list[Tensor]:
 def read_config(folder: pathlib.Path, dtype: str) -> ModelConfig:
   """The architecture in `folder`/config.json, to compute in `dtype`. Raises: ConfigError for what is not supported."""
   raw = _read_json(folder / "config.json")
-  if "text_config" in raw:
-    raise ConfigError(
-      f"{folder}/config.json describes a model with a vision tower (model_type={raw.get('model_type')}), which is not"
-      " supported yet; give a text-only checkpoint."
-    )
   return model_config_from_hf(raw, dtype, folder / "config.json")
 
 
 def model_config_from_hf(raw: dict[str, Any], dtype: str, source: pathlib.Path) -> ModelConfig:
-  """`ModelConfig` from the text part of a config.json in its old (4.51) or new (5.x) spelling."""
+  """`ModelConfig` from a config.json in its old (4.51) or new (5.x) spelling, with a vision tower or text only."""
+  images: dict[str, Any] = dict.fromkeys(("vision_config", *_IMAGE_TOKENS))
+  if "text_config" in raw:
+    images = {"vision_config": _vision_section(raw, source)}
+    images |= {name: raw.get(name, default) for name, default in _IMAGE_TOKENS.items()}
+    outer = {name: raw[name] for name in ("dtype", "torch_dtype") if raw.get(name)}
+    raw = {**raw["text_config"], **outer}
   for name, only in (
     ("model_type", "llama4_text"),
     ("attention_bias", False),
@@ -134,8 +193,30 @@ def model_config_from_hf(raw: dict[str, Any], dtype: str, source: pathlib.Path) 
     "attn_temperature_tuning": bool(raw.get("attn_temperature_tuning", True)),
     "dtype": dtype,
     "param_dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32",
+    **images,
   }
   return config_from_section(ModelConfig, section, f"{source}: ")
+
+
+def _vision_section(raw: dict[str, Any], source: pathlib.Path) -> dict[str, Any]:
+  """The section `vision_config`; what is silent there is as transformers has it."""
+  vision = {"rope_theta": 10000.0, **raw["vision_config"]}
+  rope = vision.get("rope_parameters") or {}
+  vision["rope_theta"] = rope.get("rope_theta", vision["rope_theta"])
+  if vision.get("multi_modal_projector_bias"):
+    raise ConfigError(
+      f"{source}: vision_config.multi_modal_projector_bias=true is not supported; it must be false."
+    )
+  names = {field.name for field in dataclasses.fields(VisionConfig)}
+  return {name: value for name, value in vision.items() if name in names}
+
+
+# The tokens around and of an image, and what transformers assumes where a config.json is silent.
+_IMAGE_TOKENS = {
+  "image_token_index": 200092,
+  "boi_token_index": 200080,
+  "eoi_token_index": 200081,
+}
 
 
 # What transformers assumes where a config.json is silent.
@@ -282,7 +363,28 @@ def write_folder(folder: pathlib.Path, config: ModelConfig, arrays: Arrays) -> N
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-  """The config.json of a text model, in the spelling of transformers 5."""
+  """The config.json of a model, in the spelling of transformers 5."""
+  text = _text_to_hf(config, dtype)
+  if config.vision_config is None:
+    return {"architectures": ["Llama4ForCausalLM"], **text}
+  vision = dataclasses.asdict(config.vision_config)
+  theta = vision.pop("rope_theta")
+  return {
+    "architectures": ["Llama4ForConditionalGeneration"],
+    "model_type": "llama4",
+    "dtype": dtype,
+    "tie_word_embeddings": config.tie_word_embeddings,
+    **{name: getattr(config, name) for name in _IMAGE_TOKENS},
+    "text_config": text,
+    "vision_config": {
+      "model_type": "llama4_vision_model",
+      **vision,
+      "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+    },
+  }
+
+
+def _text_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
   kinds = config.layer_kinds
   same = [
     "vocab_size",
@@ -314,7 +416,6 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     else dataclasses.asdict(config.rope_scaling)
   )
   return {
-    "architectures": ["Llama4ForCausalLM"],
     "model_type": "llama4_text",
     "dtype": dtype,
     "hidden_act": "silu",

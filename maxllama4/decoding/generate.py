@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from maxllama4.config import ConfigError, ModelConfig
@@ -15,7 +16,7 @@ from maxllama4.decoding.sampling import Sampling, sample
 from maxllama4.model.attention import Sequences
 from maxllama4.model.decoder import init_caches
 from maxllama4.model.embeddings import logits_of
-from maxllama4.model.llama4 import Llama4ForCausalLM, sequences_of
+from maxllama4.model.llama4 import Llama4ForCausalLM, check_images, sequences_of
 from maxllama4.model.weights import Arrays, ModelTemplate, arrays_of
 
 NO_TOKEN = -1  # what a row that has stopped emits
@@ -59,16 +60,14 @@ def generate(
   A row's samples depend on `seed` and its place in the batch alone.
   Raises: ConfigError for an empty prompt, an id outside the vocabulary, or sampling settings out of range.
   """
-  if pixel_values is not None:
-    raise ConfigError(
-      "pixel_values were given, but this model has no vision tower; leave them out."
-    )
   try:
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
   except ValueError as error:
     raise ConfigError(str(error)) from None
   pieces = list(
-    stream(model, prompts, max_new_tokens, sampling, seed, stop_tokens, piece=max_new_tokens)
+    stream(
+      model, prompts, max_new_tokens, sampling, seed, stop_tokens, max_new_tokens, pixel_values
+    )
   )
   tokens, token_logprobs = (np.concatenate(parts, axis=1) for parts in zip(*pieces))
   completions = []
@@ -92,17 +91,21 @@ def stream(
   seed: int,
   stop_tokens: Sequence[int],
   piece: int,
+  pixel_values: Float[Array, "tiles 3 S S"] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Pieces of up to `piece` new tokens and their logprobs, [B, n] each, as they come; NO_TOKEN after a row's end."""
   _check(prompts, max_new_tokens, model.config)
   tokens, segment_ids = pad_prompts(prompts, model.config.pad_token_id or 0)
+  check_images(model.config, np.concatenate([np.asarray(p) for p in prompts]), pixel_values)
+  images = None if pixel_values is None else _encode(model, jnp.asarray(pixel_values))
   keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
     jnp.arange(len(prompts))
   )
   stops = tuple(sorted(set(stop_tokens)))
   start, advance = _compiled(model.config, sampling, stops)
   arrays = arrays_of(model)
-  state = start(arrays, tokens, segment_ids, keys, max_length=tokens.shape[1] + max_new_tokens)
+  max_length = tokens.shape[1] + max_new_tokens
+  state = start(arrays, tokens, segment_ids, keys, images, max_length=max_length)
   done = 0
   while done < max_new_tokens:
     count = min(piece, max_new_tokens - done)
@@ -157,9 +160,9 @@ def _compiled(config: ModelConfig, sampling: Sampling, stops: tuple[int, ...]):
     return jnp.where(ended, NO_TOKEN, token), logprob, keys
 
   @functools.partial(jax.jit, static_argnames="max_length")
-  def start(arrays: Arrays, tokens, segment_ids, keys, *, max_length: int) -> DecodeState:
+  def start(arrays: Arrays, tokens, segment_ids, keys, images, *, max_length: int) -> DecodeState:
     caches = init_caches(config, tokens.shape[0], max_length)
-    logits, caches = prefill(template.model(arrays), tokens, segment_ids, caches)
+    logits, caches = prefill(template.model(arrays), tokens, segment_ids, caches, images)
     token, logprob, keys = emit(logits, keys, jnp.ones(tokens.shape[0], bool))
     return DecodeState(caches, token, logprob, segment_ids.sum(1).astype(jnp.int32), keys)
 
@@ -186,14 +189,26 @@ def _compiled(config: ModelConfig, sampling: Sampling, stops: tuple[int, ...]):
   return start, advance
 
 
+@nnx.jit
+def _encode(model: Llama4ForCausalLM, pixel_values: jax.Array) -> jax.Array:
+  return model.image_features(pixel_values)
+
+
 def prefill(
-  model: Llama4ForCausalLM, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], caches: Any
+  model: Llama4ForCausalLM,
+  tokens: Int[Array, "B T"],
+  segment_ids: Int[Array, "B T"],
+  caches: Any,
+  images: Float[Array, "tiles P D"] | None = None,
 ) -> tuple[Float[Array, "B V"], Any]:
-  """Logits after each row's last token, and the caches filled with the prompts. Rows may be padded on either side."""
+  """Logits after each row's last token, and the caches filled with the prompts. Rows may be padded on either side.
+
+  `images` take the places of the patch tokens.
+  """
   sequences = sequences_of(tokens, None, segment_ids, model.config)
   if tokens.shape[1] == 1:  # a single token is a decoding step from position 0
     return decode_step(model, tokens[:, 0], jnp.zeros(tokens.shape[0], jnp.int32), caches)
-  x, _, caches = model.hidden_states(tokens, sequences, caches)
+  x, _, caches = model.hidden_states(tokens, sequences, caches, images=images)
   last = tokens.shape[1] - 1 - jnp.argmax(segment_ids[:, ::-1] > 0, axis=1)
   x = jnp.take_along_axis(x, last[:, None, None], axis=1)
   return logits_of(x, model.head_weight())[:, 0], caches

@@ -60,16 +60,17 @@ def attend(
   q: Float[Array, "B T N H"],
   k: Float[Array, "B S K H"],
   v: Float[Array, "B S K H"],
-  mask: Bool[Array, "B T S"],
+  mask: Bool[Array, "B T S"] | None,
 ) -> Float[Array, "B T N H"]:
-  """softmax(q k / sqrt(H)) v over the keys that `mask` lets through; scores and softmax in float32.
+  """softmax(q k / sqrt(H)) v over the keys that `mask` lets through (None: all); scores and softmax in float32.
 
   A query that sees nothing (padding) gets some finite value.
   """
   batch, length, heads, size = q.shape
   q = q.reshape(batch, length, k.shape[2], -1, size) * jnp.asarray(size**-0.5, q.dtype)
   scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-  scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+  if mask is not None:
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
   largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
   weights = jnp.exp(scores - largest)
   # Divided by their sum only after the product: T x H quotients in place of T x S, forward and backward.

@@ -67,7 +67,7 @@ class Llama4ScannableBlock(nnx.Module):
     """`x` after the layers, the statistics of those with experts, and their caches, in order."""
     statistics, stored = [], []
     for i, layer in enumerate(self.layers):
-      x, layer_statistics, cache = _apply(layer, remat)(
+      x, layer_statistics, cache = rematerialize(layer, remat)(
         x, sequences, None if caches is None else caches[i]
       )
       statistics += [] if layer_statistics is None else [layer_statistics]
@@ -75,7 +75,7 @@ class Llama4ScannableBlock(nnx.Module):
     return x, statistics, None if caches is None else stored
 
 
-def _apply(layer: Llama4DecoderLayer, remat: str):
+def rematerialize(layer: nnx.Module, remat: str):
   """`layer` as a function that keeps what the policy `remat` says for its backward pass."""
   if remat == "none":
     return layer

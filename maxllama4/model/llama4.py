@@ -4,19 +4,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from maxllama4.config import ModelConfig
+from maxllama4.config import ConfigError, ModelConfig
 from maxllama4.model.attention import Sequences
 from maxllama4.model.decoder import Llama4Decoder
 from maxllama4.model.embeddings import Embedding, Head, logits_of
 from maxllama4.model.moe import RouterStatistics
 from maxllama4.model.norms import RMSNorm
+from maxllama4.model.vision import Llama4MultiModalProjector, Llama4VisionModel
 
 
 class Llama4ForCausalLM(nnx.Module):
-  """A Llama 4 text model. Source: transformers 5.23, models/llama4/modeling_llama4.py, Llama4ForCausalLM."""
+  """A Llama 4: a text model, and its vision tower where `vision_config` is set.
+
+  Source: transformers 5.23, models/llama4/modeling_llama4.py, Llama4ForCausalLM and Llama4ForConditionalGeneration.
+  """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
@@ -25,6 +30,9 @@ class Llama4ForCausalLM(nnx.Module):
     self.norm = RMSNorm(config)
     if not config.tie_word_embeddings:
       self.head = Head(config, rngs=rngs)
+    if config.vision_config is not None:
+      self.vision = Llama4VisionModel(config, rngs=rngs)
+      self.projector = Llama4MultiModalProjector(config, rngs=rngs)
 
   def __call__(
     self,
@@ -37,27 +45,83 @@ class Llama4ForCausalLM(nnx.Module):
 
     `positions` count up by one in the token's own document (default: from 0 at each segment's first token);
     `segment_ids` tell documents in a row apart, 0 is padding (default: a new one wherever `positions` do not go on).
-    Raises: ValueError for `pixel_values`, which a text model cannot see.
+    `pixel_values` are all tiles of the batch in order, in -1..1; their features take the places of the patch tokens.
+    Raises: ConfigError when tiles and patch tokens do not match; under a transformation only shapes can be checked.
     """
-    if pixel_values is not None:
-      raise ValueError(
-        "pixel_values were given, but this model has no vision tower; leave them out."
-      )
+    check_images(self.config, tokens, pixel_values)
     sequences = sequences_of(tokens, positions, segment_ids, self.config)
-    return logits_of(self.hidden_states(tokens, sequences)[0], self.head_weight())
+    x = self.hidden_states(tokens, sequences, images=self.image_features(pixel_values))[0]
+    return logits_of(x, self.head_weight())
 
   def hidden_states(
-    self, tokens: Int[Array, "B T"], sequences: Sequences, caches: Any = None, remat: str = "none"
+    self,
+    tokens: Int[Array, "B T"],
+    sequences: Sequences,
+    caches: Any = None,
+    remat: str = "none",
+    images: Float[Array, "tiles P D"] | None = None,
   ) -> tuple[Float[Array, "B T D"], RouterStatistics | None, Any]:
-    """The final norm's output, routing statistics by layer (None for a dense model), and the caches with this call's keys."""
-    x, statistics, caches = self.decoder(self.embed(tokens), sequences, caches, remat)
+    """The final norm's output, routing statistics by layer (None for a dense model), and the caches with this call's keys.
+
+    `images` are the rows that take the places of the batch's patch tokens.
+    """
+    x = self.embed(tokens)
+    if images is not None:
+      x = merge_images(x, tokens == self.config.image_token_index, images)
+    x, statistics, caches = self.decoder(x, sequences, caches, remat)
     return self.norm(x), statistics, caches
+
+  def image_features(
+    self, pixel_values: Float[Array, "tiles C S S"] | None, remat: str = "none"
+  ) -> Float[Array, "tiles P D"] | None:
+    """`vision_config.patch_tokens_per_tile` vectors a tile, as the decoder takes them; None for no tiles."""
+    if pixel_values is None or pixel_values.shape[0] == 0:
+      return None
+    return self.projector(self.vision(pixel_values, remat))
 
   def head_weight(self) -> Float[Array, "D V"]:
     """The output head, in `param_dtype`; with tied embeddings their transpose."""
     if self.config.tie_word_embeddings:
       return self.embed.weight.get_value().T
     return self.head.weight.get_value()
+
+
+def merge_images(
+  x: Float[Array, "B T D"], is_patch: Bool[Array, "B T"], images: Float[Array, "tiles P D"]
+) -> Float[Array, "B T D"]:
+  """`x` with the k-th patch token of the batch, row after row, replaced by the k-th of the tiles' vectors."""
+  place = jnp.cumsum(is_patch.reshape(-1)).reshape(is_patch.shape) - 1
+  rows = images.reshape(-1, images.shape[-1]).astype(x.dtype).at[place].get(mode="clip")
+  return jnp.where(is_patch[..., None], rows, x)
+
+
+def check_images(config: ModelConfig, tokens: Any, pixel_values: Any) -> None:
+  """Raises: ConfigError unless the tiles of `pixel_values` fill the patch tokens exactly."""
+  vision = config.vision_config
+  if vision is None:
+    if pixel_values is not None:
+      raise ConfigError(
+        "pixel_values were given, but this model has no vision tower; leave them out."
+      )
+    return
+  shape = (vision.num_channels, vision.image_size, vision.image_size)
+  num_tiles = 0
+  if pixel_values is not None:
+    num_tiles = pixel_values.shape[0]
+    if pixel_values.shape[1:] != shape:
+      raise ConfigError(
+        f"pixel_values are {list(pixel_values.shape)}, but tiles of this model are {list(shape)}; give [tiles,"
+        " channels, side, side]."
+      )
+  if isinstance(tokens, jax.core.Tracer):
+    return
+  found = int((np.asarray(tokens) == config.image_token_index).sum())
+  wanted = num_tiles * vision.patch_tokens_per_tile
+  if found != wanted:
+    raise ConfigError(
+      f"{num_tiles} tiles make {wanted} patch tokens (id {config.image_token_index}), but the text holds {found}; give"
+      f" {vision.patch_tokens_per_tile} for each tile."
+    )
 
 
 def sequences_of(
