@@ -11,6 +11,7 @@ from maxllama4.config import (
   ModelConfig,
   OptimizerConfig,
   TrainingConfig,
+  VisionConfig,
 )
 from maxllama4.model.llama4 import Llama4ForCausalLM
 from maxllama4.model.weights import Arrays, ModelTemplate
@@ -57,6 +58,31 @@ def tiny_config(**changes) -> ModelConfig:
     "param_dtype": "float32",
   }
   return ModelConfig(**settings | changes)
+
+
+def tiny_vision_config(initializer_range: float = 0.3, **changes) -> ModelConfig:
+  """Tiles of 8 x 8 pixels, 4 x 4 patches, 2 x 2 places in the text (token 9); `changes` are of the tower."""
+  settings = {
+    "hidden_size": 16,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_channels": 3,
+    "image_size": 8,
+    "patch_size": 2,
+    "pixel_shuffle_ratio": 0.5,
+    "projector_input_dim": 12,
+    "projector_output_dim": 12,
+    "vision_output_dim": 12,
+    "rope_theta": 100.0,
+  }
+  return tiny_config(
+    vision_config=VisionConfig(**settings | changes),
+    image_token_index=9,
+    boi_token_index=7,
+    eoi_token_index=8,
+    initializer_range=initializer_range,
+  )
 
 
 def tiny_arrays(config: ModelConfig, seed: int = 0) -> Arrays:

@@ -52,11 +52,12 @@ def generate(
   top_p: float = 1.0,
   seed: int = 0,
   stop_tokens: Sequence[int] = (),
-  pixel_values: Float[Array, "tiles 3 S S"] | None = None,
+  pixel_values: jax.typing.ArrayLike | None = None,
   logprobs: bool = False,
 ) -> list[Completion]:
   """A completion of each prompt (lists of ids, of any lengths), all in one batch.
 
+  `pixel_values` [tiles, 3, S, S] are the tiles of all prompts in order, as many as their patch tokens need.
   A row's samples depend on `seed` and its place in the batch alone.
   Raises: ConfigError for an empty prompt, an id outside the vocabulary, or sampling settings out of range.
   """
@@ -91,7 +92,7 @@ def stream(
   seed: int,
   stop_tokens: Sequence[int],
   piece: int,
-  pixel_values: Float[Array, "tiles 3 S S"] | None = None,
+  pixel_values: jax.typing.ArrayLike | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Pieces of up to `piece` new tokens and their logprobs, [B, n] each, as they come; NO_TOKEN after a row's end."""
   _check(prompts, max_new_tokens, model.config)

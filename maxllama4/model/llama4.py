@@ -39,7 +39,7 @@ class Llama4ForCausalLM(nnx.Module):
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    pixel_values: Float[Array, "tiles 3 S S"] | None = None,
+    pixel_values: jax.typing.ArrayLike | None = None,
   ) -> Float[Array, "B T V"]:
     """Float32 logits of the next token at every place.
 
@@ -48,6 +48,7 @@ class Llama4ForCausalLM(nnx.Module):
     `pixel_values` are all tiles of the batch in order, in -1..1; their features take the places of the patch tokens.
     Raises: ConfigError when tiles and patch tokens do not match; under a transformation only shapes can be checked.
     """
+    pixel_values = None if pixel_values is None else jnp.asarray(pixel_values)
     check_images(self.config, tokens, pixel_values)
     sequences = sequences_of(tokens, positions, segment_ids, self.config)
     x = self.hidden_states(tokens, sequences, images=self.image_features(pixel_values))[0]

@@ -47,14 +47,14 @@ def rope_tables(
   return jnp.cos(angles), jnp.sin(angles)
 
 
-def half_split(weight: Float[Array, "D N H"]) -> Float[Array, "D N H"]:
-  """The projection `weight` with head elements 0, 2, 4, ... before 1, 3, 5, ..."""
+def half_split(weight: Float[Array, "*S H"]) -> Float[Array, "*S H"]:
+  """The projection `weight` (or bias) with head elements 0, 2, 4, ... before 1, 3, 5, ..."""
   *outer, size = weight.shape
   return weight.reshape(*outer, size // 2, 2).swapaxes(-1, -2).reshape(weight.shape)
 
 
 def rotate(
-  x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
+  x: Float[Array, "B T N H"], cos: Float[Array, "#B T half"], sin: Float[Array, "#B T half"]
 ) -> Float[Array, "B T N H"]:
   """Queries or keys turned by their position's angles; halves hold real and imaginary parts. Result in x's dtype."""
   real, imaginary = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import ACTIVATIONS, GRADIENT_NORM_RELATIVE, LOGITS, LOSS, TEXT_CASES, golden_case
+from golden import (
+  ACTIVATIONS,
+  GRADIENT_NORM_RELATIVE,
+  LOGITS,
+  LOSS,
+  TEXT_CASES,
+  VISION_CASES,
+  golden_case,
+)
 
 import maxllama4
 from maxllama4.checkpoint.hf import tensor_table
@@ -14,13 +22,13 @@ from maxllama4.decoding.generate import decode_step, pad_prompts, prefill
 from maxllama4.model.attention import attention_mask
 from maxllama4.model.decoder import init_caches
 from maxllama4.model.embeddings import logits_of
-from maxllama4.model.llama4 import sequences_of
+from maxllama4.model.llama4 import merge_images, sequences_of
 from maxllama4.model.rope import rope_frequencies
 from maxllama4.model.weights import ModelTemplate, arrays_of
 from maxllama4.training.loss import cross_entropy_sums
 
 
-@pytest.fixture(scope="module", params=TEXT_CASES)
+@pytest.fixture(scope="module", params=TEXT_CASES + VISION_CASES)
 def golden(request):
   """A case and what we compute on it: per batch everything inside the model, and the gradients of the loss."""
   case = golden_case(request.param)
@@ -33,18 +41,23 @@ def golden(request):
     names = [f"{prefix}{name}" for name in ("input_ids", "attention_mask")]
     tokens, segment_ids = (jnp.asarray(case.arrays[name], jnp.int32) for name in names)
     labels = jnp.asarray(case.arrays["labels"], jnp.int32)
-    (loss, insides), gradients = inside(arrays, template, tokens, segment_ids, labels)
+    (loss, insides), gradients = inside(
+      arrays, template, tokens, segment_ids, labels, case.arrays.get("pixel_values")
+    )
     batches[prefix] = types.SimpleNamespace(loss=loss, insides=insides, gradients=gradients)
   return types.SimpleNamespace(
     case=case, model=model, arrays=arrays, template=template, batches=batches
   )
 
 
-def _loss_and_insides(arrays, template, tokens, segment_ids, labels):
+def _loss_and_insides(arrays, template, tokens, segment_ids, labels, pixel_values):
   """The mean loss, chunked as in training, of layers that are called one by one; and what they computed."""
   model = template.model(arrays)
   sequences = sequences_of(tokens, None, segment_ids, model.config)
   x = model.embed(tokens)
+  images = model.image_features(pixel_values)
+  if images is not None:
+    x = merge_images(x, tokens == model.config.image_token_index, images)
   insides = {"embeds": x, "attn_out": [], "ffn_out": [], "layer_out": [], "router_logits": []}
   for i, kind in enumerate(model.config.layer_kinds):
     layer = model.decoder.layer(i)
@@ -89,12 +102,15 @@ def test_every_sub_block_computes_what_the_reference_does(golden):
 
 def test_a_loaded_model_gives_the_references_logits(golden):
   forward = jax.jit(
-    lambda arrays, tokens, segments: golden.template.model(arrays)(tokens, None, segments)
+    lambda arrays, tokens, segments, pixels: golden.template.model(arrays)(
+      tokens, None, segments, pixels
+    )
   )
+  pixel_values = golden.case.arrays.get("pixel_values")
   for prefix in golden.batches:
     names = [f"{prefix}{name}" for name in ("input_ids", "attention_mask")]
     tokens, mask = (jnp.asarray(golden.case.arrays[name], jnp.int32) for name in names)
-    logits = forward(arrays_of(golden.model), tokens, mask)
+    logits = forward(arrays_of(golden.model), tokens, mask, pixel_values)
     assert logits.dtype == jnp.float32
     theirs = golden.case.arrays[f"{prefix}logits"]
     assert _largest_difference(logits, theirs, np.asarray(mask) > 0) <= LOGITS
@@ -145,10 +161,11 @@ def test_prefill_and_steps_give_the_references_logits_for_prompts_of_unequal_len
   new = np.concatenate([case.arrays[f"gen{i}.tokens"] for i in case.generations])
 
   @jax.jit
-  def run(arrays, tokens, segment_ids, new):
+  def run(arrays, tokens, segment_ids, new, pixel_values):
     model = golden.template.model(arrays)
     caches = init_caches(config, tokens.shape[0], tokens.shape[1] + new.shape[1])
-    logits, caches = prefill(model, tokens, segment_ids, caches)
+    images = model.image_features(pixel_values)
+    logits, caches = prefill(model, tokens, segment_ids, caches, images)
 
     def step(carry, token):
       position, caches = carry
@@ -159,7 +176,9 @@ def test_prefill_and_steps_give_the_references_logits_for_prompts_of_unequal_len
     _, steps = jax.lax.scan(step, start, new.T[:-1])
     return jnp.concatenate([logits[None], steps]).swapaxes(0, 1)
 
-  logits = run(arrays_of(golden.model), tokens, segment_ids, jnp.asarray(new, jnp.int32))
+  new = jnp.asarray(new, jnp.int32)
+  pixel_values = case.arrays.get("pixel_values")
+  logits = run(arrays_of(golden.model), tokens, segment_ids, new, pixel_values)
   theirs = np.concatenate([case.arrays[f"gen{i}.step_logits"] for i in case.generations])
   assert np.abs(logits - theirs).max() <= LOGITS
   if "gen_left.step_logits" in case.arrays:
@@ -170,7 +189,13 @@ def test_generate_finds_the_references_greedy_tokens_and_their_logprobs(golden):
   case = golden.case
   prompts = [case.arrays[f"gen{i}.prompt"][0].tolist() for i in case.generations]
   count = case.arrays["gen0.tokens"].shape[1]
-  completions = maxllama4.generate(golden.model, prompts, max_new_tokens=count, logprobs=True)
+  completions = maxllama4.generate(
+    golden.model,
+    prompts,
+    max_new_tokens=count,
+    logprobs=True,
+    pixel_values=case.arrays.get("pixel_values"),
+  )
   for i, completion in zip(case.generations, completions):
     assert completion.tokens == case.arrays[f"gen{i}.tokens"][0].tolist()
     assert completion.finish_reason == "length"
