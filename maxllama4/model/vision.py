@@ -190,9 +190,9 @@ class Llama4VisionModel(nnx.Module):
     self.patch_embedding = Llama4UnfoldConvolution(config, rngs=rngs)
     self.class_embedding = weight(rngs, (dim,), (None,), config)
     self.positional_embedding = weight(rngs, (places, dim), (None, "embed"), config)
-    self.norm_pre = LayerNorm(dim, config)
+    self.pre_norm = LayerNorm(dim, config)
     self.encoder = Llama4VisionEncoder(config, rngs=rngs)
-    self.norm_post = LayerNorm(dim, config)
+    self.post_norm = LayerNorm(dim, config)
     self.adapter = Llama4VisionPixelShuffleMLP(config, rngs=rngs)
     self.dtype = config.dtype
 
@@ -200,7 +200,7 @@ class Llama4VisionModel(nnx.Module):
     x = self.patch_embedding(pixels.astype(self.dtype))
     class_token = jnp.broadcast_to(self.class_embedding.astype(x.dtype), (x.shape[0], 1, x.shape[2]))
     x = jnp.concatenate([x, class_token], axis=1) + self.positional_embedding.astype(x.dtype)
-    x = self.norm_post(self.encoder(self.norm_pre(x), remat))
+    x = self.post_norm(self.encoder(self.pre_norm(x), remat))
     return self.adapter(x[:, :-1])
 
 

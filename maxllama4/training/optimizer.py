@@ -26,8 +26,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def is_decayed(path: str) -> bool:
-  """Whether weight decay applies to the array at `path`: matrices yes, norms and the embedding no."""
-  return not path.endswith("norm/weight") and path != "embed/weight"
+  """Whether weight decay applies to the array at `path`: matrices yes; norms, biases and embeddings no."""
+  return not path.endswith(("norm/weight", "bias", "_embedding")) and path != "embed/weight"
 
 
 def make_optimizer(
@@ -65,12 +65,13 @@ def matrix_of(axes: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumber
   """Which dims of an array are a matrix's inputs and outputs, for Muon; None for what AdamW updates.
 
   Every dim other than `embed`, and stacks of layers or experts, is the other side of the matrix. Gate and up of an
-  expert, side by side without a name, are matrices of their own. Embedding, head, norms and router are AdamW's.
+  expert, side by side without a name, are matrices of their own. AdamW's are vectors, and whatever leads into the
+  network or out of it: embedding, head, router, patches, projector.
   """
-  if "embed" not in axes or "vocab" in axes or axes[-2:] == ("embed", None):
+  others = tuple(i for i, name in enumerate(axes) if name in ("heads", "kv_heads", "ffn"))
+  if "embed" not in axes or not others:
     return None
   embed = axes.index("embed")
-  others = tuple(i for i, name in enumerate(axes) if name in ("heads", "kv_heads", "ffn"))
   if "heads" in axes or "kv_heads" in axes:
     others += (others[0] + 1,)  # head_dim
   forward = embed < others[0]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden import ACTIVATIONS, LOGITS, VISION_CASES, golden_case, golden_units
-from tiny import tiny_vision_config
+from tiny import tiny_model, tiny_vision_config
 
 import maxllama4
 from maxllama4.config import ConfigError
@@ -16,7 +16,6 @@ from maxllama4.model.llama4 import Llama4ForCausalLM, merge_images
 from maxllama4.model.vision import (
   LayerNorm,
   Llama4UnfoldConvolution,
-  Llama4VisionModel,
   patch_rope_tables,
   pixel_shuffle,
 )
@@ -41,7 +40,7 @@ def test_every_part_of_the_tower_computes_what_the_reference_does(golden):
   for i, theirs in enumerate(arrays["vision.layer_out"]):
     x = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], states))(x, cos, sin)
     assert np.abs(x - theirs).max() <= ACTIVATIONS, i
-  assert np.abs(tower.norm_post(x) - arrays["vision.post_norm"]).max() <= ACTIVATIONS
+  assert np.abs(tower.post_norm(x) - arrays["vision.post_norm"]).max() <= ACTIVATIONS
   features = jax.jit(lambda pixels: tower(pixels))(arrays["pixel_values"])
   assert np.abs(features - arrays["vision.features"]).max() <= LOGITS
   projected = model.projector(features).reshape(-1, model.config.hidden_size)
@@ -101,7 +100,7 @@ def test_a_layer_norm_centres_scales_weighs_and_shifts_in_float32():
 
 
 def test_tiles_do_not_see_each_other_and_recomputation_changes_nothing():
-  tower = Llama4VisionModel(tiny_vision_config(initializer_range=0.2), rngs=nnx.Rngs(0))
+  tower = tiny_model(tiny_vision_config(initializer_range=0.2)).vision
   pixels = jax.random.normal(jax.random.key(1), (3, 3, 8, 8))
   together = tower(pixels)
   alone = jnp.concatenate([tower(tile[None]) for tile in pixels])
