@@ -67,6 +67,14 @@ class ChatTemplate:
       writer.add_header("assistant")
     return writer.chat
 
+  def encode_parts(self, tokenizer: Tokenizer, parts: Sequence[Part]) -> EncodedChat:
+    """Texts and images as they stand, after bos: a document, not a dialog. Raises: ConfigError, as `encode`."""
+    writer = _Writer(self, tokenizer)
+    writer.add([tokenizer.bos_token_id])
+    for number, part in enumerate(parts):
+      writer.add(writer.part_ids(part, f"parts[{number}]"))
+    return writer.chat
+
 
 class _Writer:
   """Appends to `chat` what a template says."""

@@ -7,8 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
-from maxllama4.config import ConfigError, config_from_section, parse_override
+import numpy as np
+
+from maxllama4.config import ConfigError, VisionConfig, config_from_section, parse_override
 from maxllama4.data.chat import ChatTemplate
+from maxllama4.data.images import stack_images
 from maxllama4.decoding.generate import Completion, generate, stream
 from maxllama4.decoding.sampling import Sampling
 from maxllama4.model.llama4 import Llama4ForCausalLM
@@ -25,6 +28,7 @@ class DecodeRequest:
   )
   prompt: str | None = None
   prompts_file: str | None = None  # one JSON object a line, {"prompt": ...} or {"messages": [...]}
+  images: tuple[str, ...] = ()  # files of pictures that stand before `prompt`
   max_new_tokens: int = 128
   temperature: float = 0.8
   top_k: int = 0
@@ -42,6 +46,10 @@ class DecodeRequest:
       raise ConfigError(f"output={self.output} is not one of text, json.")
     if (self.prompt is None) == (self.prompts_file is None):
       raise ConfigError("give either prompt=TEXT or prompts_file=PATH.")
+    if self.images and self.prompt is None:
+      raise ConfigError(
+        f"images={list(self.images)} stand before prompt=TEXT; in a prompts_file, write them into the messages."
+      )
     for name in ("max_new_tokens", "num_samples"):
       if getattr(self, name) < 1:
         raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -95,16 +103,30 @@ def _prompt_of(line: str) -> Prompt | None:
   return entry["messages"] if isinstance(entry.get("messages"), list) else None
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-  """Ids up to where the model's answer starts. Raises: ConfigError on malformed messages, and on images."""
-  if isinstance(prompt, str):
-    return [tokenizer.bos_token_id, *tokenizer.encode(prompt)]
-  chat = ChatTemplate().encode(tokenizer, prompt, add_generation_prompt=True)
-  if chat.images:
-    raise ConfigError(
-      "prompts_file: a message has an image, which cannot be decoded; leave it out."
+def encode_prompt(
+  tokenizer: Any, prompt: Prompt, images: Sequence[str], vision: VisionConfig | None
+) -> tuple[list[int], np.ndarray | None]:
+  """Ids up to where the model's answer starts, and the tiles of its images, if any.
+
+  Raises: ConfigError on malformed messages, and on images for a model without a vision tower; DataError on broken files.
+  """
+  template = ChatTemplate()
+  if vision is not None:
+    template = ChatTemplate(
+      tile_size=vision.image_size, patches_per_tile=vision.patch_tokens_per_tile
     )
-  return chat.ids
+  if isinstance(prompt, str):
+    parts = [{"type": "image", "image": image} for image in images]
+    chat = template.encode_parts(tokenizer, [*parts, {"type": "text", "text": prompt}])
+  else:
+    chat = template.encode(tokenizer, prompt, add_generation_prompt=True)
+  if not chat.images:
+    return chat.ids, None
+  if vision is None:
+    raise ConfigError("the prompt holds images, but this model has no vision tower; leave them out.")
+  if not all("image" in part for part in chat.images):
+    raise ConfigError('a message has an image of which only the size is known; give its "image".')
+  return chat.ids, stack_images([part["image"] for part in chat.images], vision.image_size)[0]
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[DecodeRequest, list[str]]:
@@ -128,9 +150,13 @@ def answer(
   """Completes the request's prompts and prints them to `out`, or to standard output."""
   out = out or sys.stdout
   asked = [prompt for prompt in request.prompts() for _ in range(request.num_samples)]
-  prompts = [encode_prompt(tokenizer, prompt) for prompt in asked]
+  vision = model.config.vision_config
+  encoded = [encode_prompt(tokenizer, prompt, request.images, vision) for prompt in asked]
+  prompts = [ids for ids, _ in encoded]
+  tiles = [tiles for _, tiles in encoded if tiles is not None]
+  pixel_values = np.concatenate(tiles) if tiles else None
   if request.stream:
-    _stream(model, tokenizer, request, asked[0], prompts[0], out)
+    _stream(model, tokenizer, request, asked[0], prompts[0], pixel_values, out)
     return
   completions = generate(
     model,
@@ -141,7 +167,8 @@ def answer(
     request.top_p,
     request.seed,
     tokenizer.stop_token_ids,
-    logprobs=request.logprobs,
+    pixel_values,
+    request.logprobs,
   )
   for given, prompt, completion in zip(asked, prompts, completions):
     completion = cut_at_stop(completion, request.stop, tokenizer.decode)
@@ -176,12 +203,19 @@ def cut_at_stop(
   return completion
 
 
-def _stream(model, tokenizer, request, text, prompt, out) -> None:
+def _stream(model, tokenizer, request, text, prompt, pixel_values, out) -> None:
   out.write(text if request.echo else "")
   tokens, shown = [], ""
   stops = tokenizer.stop_token_ids
   for piece, _ in stream(
-    model, [prompt], request.max_new_tokens, request.sampling, request.seed, stops, piece=8
+    model,
+    [prompt],
+    request.max_new_tokens,
+    request.sampling,
+    request.seed,
+    stops,
+    piece=8,
+    pixel_values=pixel_values,
   ):
     tokens += [int(token) for token in piece[0] if token >= 0]
     written = tokenizer.decode(tokens)

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
-from tiny import tiny_model
+from PIL import Image
+from tiny import tiny_model, tiny_vision_config
 from tiny_tokenizers import write_tiktoken
 
 from maxllama4 import ConfigError
@@ -76,11 +78,31 @@ def test_messages_become_a_dialog_whose_answer_is_open(tmp_path):
   (tmp_path / "prompts").write_text(json.dumps({"messages": messages}) + '\n{"prompt": "hello"}\n')
   chat, text = DecodeRequest(prompts_file=str(tmp_path / "prompts")).prompts()
   tokenizer = load_tokenizer(write_tiktoken(tmp_path / "tokenizer.model"))
-  assert encode_prompt(tokenizer, chat) == tokenizer.encode_chat(messages)
-  assert encode_prompt(tokenizer, text) == [tokenizer.bos_token_id, *tokenizer.encode("hello")]
-  image = {"role": "user", "content": [{"type": "image", "size": [3, 4]}]}
-  with pytest.raises(ConfigError, match="image, which cannot be decoded"):
-    encode_prompt(tokenizer, [image])
+  assert encode_prompt(tokenizer, chat, (), None) == (tokenizer.encode_chat(messages), None)
+  hello = [tokenizer.bos_token_id, *tokenizer.encode("hello")]
+  assert encode_prompt(tokenizer, text, (), None) == (hello, None)
+
+
+def test_pictures_become_patch_tokens_and_tiles_before_a_prompt_and_within_a_dialog(tmp_path):
+  tokenizer = load_tokenizer(write_tiktoken(tmp_path / "tokenizer.model"))
+  vision = tiny_vision_config().vision_config  # tiles of 8 pixels, 4 tokens each
+  path = str(tmp_path / "wide.png")
+  Image.new("RGB", (16, 8), (255, 0, 0)).save(path)  # two tiles, and the global one
+  special = tokenizer.special_tokens
+  ids, tiles = encode_prompt(tokenizer, "hello", (path,), vision)
+  assert ids[0] == tokenizer.bos_token_id and ids[1] == special["<|image_start|>"]
+  assert ids.count(special["<|patch|>"]) == 3 * vision.patch_tokens_per_tile
+  assert ids[-1:] == tokenizer.encode("hello") and tiles.shape == (3, 3, 8, 8)
+  np.testing.assert_array_equal(tiles[:, :, 0, 0], [[1, -1, -1]] * 3)
+  dialog = [{"role": "user", "content": [{"type": "image", "image": path}]}]
+  chat_ids, chat_tiles = encode_prompt(tokenizer, dialog, (), vision)
+  assert chat_ids.count(special["<|patch|>"]) == 12 and chat_ids[-1:] == tokenizer.encode("\n\n")
+  np.testing.assert_array_equal(tiles, chat_tiles)
+  with pytest.raises(ConfigError, match="no vision tower"):
+    encode_prompt(tokenizer, "hello", (path,), None)
+  dialog = [{"role": "user", "content": [{"type": "image", "size": [3, 4]}]}]
+  with pytest.raises(ConfigError, match="only the size is known"):
+    encode_prompt(tokenizer, dialog, (), vision)
 
 
 def test_settings_of_the_request_are_told_from_those_of_the_configuration():
