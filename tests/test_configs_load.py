@@ -96,6 +96,7 @@ READ_OTHERWISE = {
   *("model.nope_layer_interval", "model.nope_layers"),
   "model.max_position_embeddings",  # the longest sequence_length
   "model.rope_scaling.rope_type",  # has only one value
+  *("model.boi_token_index", "model.eoi_token_index"),  # kept for exports
   *("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "mesh.context"),
 }
 
@@ -117,8 +118,8 @@ def documented():
 
 
 def settings_by_user_path():
-  """Settings by the path that a user writes: dtypes stand at the top; sections are none, but rope_scaling can be null."""
-  sections = {path.rpartition(".")[0] for path in SETTINGS} - {"model.rope_scaling"}
+  """Settings by the path that a user writes: dtypes stand at the top; sections are none, unless they can be null."""
+  sections = {path.rpartition(".")[0] for path in SETTINGS} - {"model.rope_scaling", "model.vision_config"}
   return {re.sub(r"^model\.(dtype|param_dtype)$", r"\1", path) for path in {*SETTINGS} - sections}
 
 
