@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 # Rows a block, largest first: a group is cut greedily, so few calls do most of the work and little is computed in vain.
-BLOCKS = (512, 320, 192, 144, 80, 48)
+BLOCKS = (512, 320, 192, 128, 72, 40)
 # Up to so many rows in all (decoding), one row a block: a vector product is bound by reading the matrix, not by work.
 FEW_ROWS = 32
 
@@ -109,18 +109,22 @@ def _products(rows, matrices, sizes, equation):
 def _outer_products(rows, gradient, sizes):
   """Each group's rows^T @ gradient, float32 [E, D, F]."""
   blocks, rows, gradient = _blocks(rows), _pad(rows), _pad(gradient)
-  shape = (rows.shape[1], gradient.shape[1])
+  ends = jnp.cumsum(sizes)
 
-  def group(out, e, start, end):
-    def add_block(out, first, block):
+  def group(_, start_and_end):
+    start, end = start_and_end
+
+    def add_block(total, first, block):
       index = first + jnp.arange(block)
       block_rows = jax.lax.dynamic_slice_in_dim(rows, first, block)
       block_rows = jnp.where((index < end)[:, None], block_rows, 0)
       block_gradient = jax.lax.dynamic_slice_in_dim(gradient, first, block)
-      return out.at[e].add(
-        jnp.einsum("rd,rf->df", block_rows, block_gradient, preferred_element_type=jnp.float32)
+      return total + jnp.einsum(
+        "rd,rf->df", block_rows, block_gradient, preferred_element_type=jnp.float32
       )
 
-    return _for_each_block(blocks, start, end, out, add_block)
+    # A group's sum stays in the processor's cache until it is whole; one without rows is zero.
+    zero = jnp.zeros((rows.shape[1], gradient.shape[1]), jnp.float32)
+    return None, _for_each_block(blocks, start, end, zero, add_block)
 
-  return _for_each_group(sizes, jnp.zeros((sizes.shape[0], *shape), jnp.float32), group)
+  return jax.lax.scan(group, None, (ends - sizes, ends))[1]
