@@ -22,7 +22,7 @@ PROMPT ?= def read_lines(path):\n    """
 quickstart: install
 	$(VENV)/bin/python train.py $(CONFIG)
 	@printf '\nA sample, from the prompt on:\n\n'
-	$(VENV)/bin/python decode.py $(CONFIG) echo=true max_new_tokens=160 temperature=0.5 \
+	$(VENV)/bin/python decode.py $(CONFIG) echo=true max_new_tokens=160 temperature=0.7 seed=1 \
 	  prompt="$$(printf '%b' '$(PROMPT)')"
 
 test: install
