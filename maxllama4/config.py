@@ -377,6 +377,7 @@ class TrainingConfig:
   router_z_loss: float = 0.0  # weight of mean logsumexp(router logits)^2, mean over MoE layers
   router_bias_update_rate: float = 0.0  # step of the aux-free balancing bias; 0: bias stays
   remat: str = "none"  # what a layer keeps for its backward pass; see model/decoder.py
+  frozen: tuple[str, ...] = ()  # parts whose weights stay: vision, projector, embed, decoder, ...
 
   def __post_init__(self):
     positive("training", self, "steps batch_size sequence_length gradient_accumulation")

@@ -28,7 +28,8 @@ class DecodeRequest:
   )
   prompt: str | None = None
   prompts_file: str | None = None  # one JSON object a line, {"prompt": ...} or {"messages": [...]}
-  images: tuple[str, ...] = ()  # files of pictures that stand before `prompt`
+  chat: bool = False  # a dialog: each line of standard input is a message to answer
+  images: tuple[str, ...] = ()  # files of pictures that stand before the prompt, or the first message
   max_new_tokens: int = 128
   temperature: float = 0.8
   top_k: int = 0
@@ -44,20 +45,21 @@ class DecodeRequest:
   def __post_init__(self):
     if self.output not in ("text", "json"):
       raise ConfigError(f"output={self.output} is not one of text, json.")
-    if (self.prompt is None) == (self.prompts_file is None):
-      raise ConfigError("give either prompt=TEXT or prompts_file=PATH.")
-    if self.images and self.prompt is None:
+    if (self.prompt is not None) + (self.prompts_file is not None) + self.chat != 1:
+      raise ConfigError("give one of prompt=TEXT, prompts_file=PATH and chat=true.")
+    if self.images and self.prompts_file is not None:
       raise ConfigError(
         f"images={list(self.images)} stand before prompt=TEXT; in a prompts_file, write them into the messages."
       )
     for name in ("max_new_tokens", "num_samples"):
       if getattr(self, name) < 1:
         raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
-    if self.stream and (
+    if (self.stream or self.chat) and (
       self.prompts_file or self.num_samples > 1 or self.output == "json" or self.stop
     ):
       raise ConfigError(
-        "stream=true prints one sample of one prompt as text; leave out prompts_file, num_samples, stop and output."
+        "stream=true and chat=true print one sample of one prompt as text; leave out prompts_file, num_samples, stop"
+        " and output."
       )
     try:
       Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
@@ -149,6 +151,9 @@ def answer(
 ) -> None:
   """Completes the request's prompts and prints them to `out`, or to standard output."""
   out = out or sys.stdout
+  if request.chat:
+    _chat(model, tokenizer, request, sys.stdin, out)
+    return
   asked = [prompt for prompt in request.prompts() for _ in range(request.num_samples)]
   vision = model.config.vision_config
   encoded = [encode_prompt(tokenizer, prompt, request.images, vision) for prompt in asked]
@@ -156,7 +161,8 @@ def answer(
   tiles = [tiles for _, tiles in encoded if tiles is not None]
   pixel_values = np.concatenate(tiles) if tiles else None
   if request.stream:
-    _stream(model, tokenizer, request, asked[0], prompts[0], pixel_values, out)
+    out.write(asked[0] if request.echo else "")
+    _stream(model, tokenizer, request, prompts[0], pixel_values, out)
     return
   completions = generate(
     model,
@@ -203,8 +209,20 @@ def cut_at_stop(
   return completion
 
 
-def _stream(model, tokenizer, request, text, prompt, pixel_values, out) -> None:
-  out.write(text if request.echo else "")
+def _chat(model, tokenizer, request, lines, out) -> None:
+  """Answers each line as a user's message, with the whole dialog before it in view."""
+  messages, images = [], [{"type": "image", "image": image} for image in request.images]
+  for line in lines:
+    content = [*images, {"type": "text", "text": line.rstrip("\n")}]
+    messages.append({"role": "user", "content": content})
+    images = []
+    prompt, pixel_values = encode_prompt(tokenizer, messages, (), model.config.vision_config)
+    written = _stream(model, tokenizer, request, prompt, pixel_values, out)
+    messages.append({"role": "assistant", "content": written})
+
+
+def _stream(model, tokenizer, request, prompt, pixel_values, out) -> str:
+  """Prints a completion in pieces, and returns it."""
   tokens, shown = [], ""
   stops = tokenizer.stop_token_ids
   for piece, _ in stream(
@@ -224,4 +242,7 @@ def _stream(model, tokenizer, request, text, prompt, pixel_values, out) -> None:
     out.write(written[len(shown) :])
     out.flush()
     shown = written
-  out.write(tokenizer.decode(tokens)[len(shown) :] + "\n")
+  written = tokenizer.decode(tokens)
+  out.write(written[len(shown) :] + "\n")
+  out.flush()
+  return written

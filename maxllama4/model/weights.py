@@ -4,10 +4,12 @@ The dictionary (`"decoder/cycles/layers/0/attention/query" -> array`) is what op
 work on; a `ModelTemplate` is everything else about the model.
 """
 
+from collections.abc import Sequence
+
 import jax
 from flax import nnx
 
-from maxllama4.config import ModelConfig
+from maxllama4.config import ModelConfig, require
 from maxllama4.model.llama4 import Llama4ForCausalLM
 from maxllama4.sharding import MeshContext, variable_axes
 
@@ -24,13 +26,23 @@ def layer_place(config: ModelConfig, layer: int) -> tuple[str, int | None]:
 
 
 class ModelTemplate:
-  """The structure of a `Llama4ForCausalLM` of `config`; holds no weights and touches no device."""
+  """The structure of a `Llama4ForCausalLM` of `config`; holds no weights and touches no device.
 
-  def __init__(self, config: ModelConfig):
+  `frozen` names parts, by the start of their paths, that gradients do not move. Raises: ConfigError when there is none.
+  """
+
+  def __init__(self, config: ModelConfig, frozen: Sequence[str] = ()):
     self.config = config
+    self._frozen = tuple(f"{part}/" for part in frozen)
     model = nnx.eval_shape(lambda: Llama4ForCausalLM(config, rngs=nnx.Rngs(0)))
     self._graph, state = nnx.split(model)
     self._variables = {path: variable for path, variable in nnx.to_flat_state(state)}
+    parts = sorted({_name(path[:1]) for path in self._variables})
+    for part in self._frozen:
+      require(
+        any(_name(path).startswith(part) for path in self._variables),
+        f"training.frozen={part[:-1]} is no part of the model; its parts are {', '.join(parts)}.",
+      )
 
   @property
   def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -48,7 +60,8 @@ class ModelTemplate:
   @property
   def trainable(self) -> frozenset[str]:
     """Paths of the arrays that gradients move."""
-    return frozenset(_name(path) for path, v in self._variables.items() if isinstance(v, nnx.Param))
+    params = (_name(path) for path, v in self._variables.items() if isinstance(v, nnx.Param))
+    return frozenset(path for path in params if not path.startswith(self._frozen))
 
   def model(self, arrays: Arrays) -> Llama4ForCausalLM:
     """The model with these weights."""

@@ -15,7 +15,7 @@ def bytes_per_device(config: Config) -> dict[str, int]:
 
   An axis of -1 counts as 1 here: how many devices there will be is not known.
   """
-  template = ModelTemplate(config.model)
+  template = ModelTemplate(config.model, config.training.frozen)
   sizes = {axis: max(1, getattr(config.mesh, axis)) for axis in MESH_AXES}
   params = {path: leaf for path, leaf in template.shapes.items() if path in template.trainable}
   optimizer = make_optimizer(config.optimizer, config.training.steps, template)

@@ -45,7 +45,7 @@ class Run:
 
   def __init__(self, config: Config, context: MeshContext, tokenizer: Any, progress: Progress):
     self.config, self.context, self.progress = config, context, progress
-    self.template = ModelTemplate(config.model)
+    self.template = ModelTemplate(config.model, config.training.frozen)
     self.optimizer = make_optimizer(config.optimizer, config.training.steps, self.template)
     self.schedule = learning_rate_schedule(config.optimizer, config.training.steps)
     self.store = CheckpointStore(config.run_dir, config.checkpoint)

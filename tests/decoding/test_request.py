@@ -1,11 +1,12 @@
 """What decode.py is asked for, and what it prints."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import tiny_model, tiny_vision_config
+from tiny import tiny_config, tiny_model, tiny_vision_config
 from tiny_tokenizers import write_tiktoken
 
 from maxllama4 import ConfigError
@@ -103,6 +104,21 @@ def test_pictures_become_patch_tokens_and_tiles_before_a_prompt_and_within_a_dia
   dialog = [{"role": "user", "content": [{"type": "image", "size": [3, 4]}]}]
   with pytest.raises(ConfigError, match="only the size is known"):
     encode_prompt(tokenizer, dialog, (), vision)
+
+
+def test_a_chat_answers_each_line_with_the_dialog_before_it_in_view(tmp_path, monkeypatch, capsys):
+  tokenizer = load_tokenizer(write_tiktoken(tmp_path / "tokenizer.model"))
+  model = tiny_model(tiny_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=512))
+  monkeypatch.setattr("sys.stdin", io.StringIO("hello\nuser\n"))
+  answer(model, tokenizer, DecodeRequest(chat=True, temperature=0.0, max_new_tokens=4))
+  messages, expected = [], ""
+  for text in ("hello", "user"):
+    messages.append({"role": "user", "content": text})
+    prompt = tokenizer.encode_chat(messages)
+    tokens = generate(model, [prompt], 4, stop_tokens=tokenizer.stop_token_ids)[0].tokens
+    messages.append({"role": "assistant", "content": tokenizer.decode(tokens)})
+    expected += messages[-1]["content"] + "\n"
+  assert capsys.readouterr().out == expected
 
 
 def test_settings_of_the_request_are_told_from_those_of_the_configuration():

@@ -10,6 +10,7 @@ import optax
 import pytest
 from tiny import packed_batch, tiny_arrays, tiny_config, tiny_run
 
+from maxllama4.config import ConfigError
 from maxllama4.model.moe import RouterStatistics, router_statistics
 from maxllama4.model.weights import ModelTemplate
 from maxllama4.training.optimizer import learning_rate_schedule, make_optimizer
@@ -222,3 +223,20 @@ def test_a_step_compiles_once_lowers_the_loss_and_gives_its_buffers_to_the_next(
     losses.append(float(metrics["loss"]))
   assert len(traced) == 1
   assert losses[2] < losses[1] < losses[0]
+
+
+def test_frozen_parts_stay_and_have_no_moments():
+  config = tiny_run(tiny_config(num_hidden_layers=1), frozen=("embed", "decoder"))
+  template = ModelTemplate(config.model, config.training.frozen)
+  assert template.trainable == {"norm/weight", "head/weight"}
+  optimizer = make_optimizer(config.optimizer, 10, template)
+  arrays = tiny_arrays(config.model)
+  moments = optimizer.init(split_trainable(arrays, template)[0])
+  assert len(jax.tree.leaves(moments)) == 2 * 2 + 2  # two of each weight, two counters
+  schedule = learning_rate_schedule(config.optimizer, 10)
+  step = jax.jit(make_train_step(config, template, optimizer, schedule))
+  state, _ = step(TrainState(jnp.zeros((), jnp.int32), arrays, moments), packed_batch(8, 10))
+  moved = {path for path in arrays if np.any(state.model[path] != arrays[path])}
+  assert moved == template.trainable
+  with pytest.raises(ConfigError, match=r"training.frozen=visions is no part .*decoder, embed, head"):
+    ModelTemplate(config.model, ("visions",))
