@@ -95,7 +95,7 @@ def attention_factor(config: ModelConfig) -> float:
   return 1 + 0.1 * growth
 
 
-def _frequencies_of_rows(
+def frequencies_of_rows(
   positions: Int[Array, "B T"], config: ModelConfig
 ) -> Float[Array, "#B half"]:
   """`rope_frequencies`, where types `dynamic` and `longrope` change them for rows beyond their limit."""
@@ -121,7 +121,7 @@ def rope_tables(
   For types `dynamic` and `longrope` the length of a row, its last position + 1, decides; in transformers that of the
   batch's longest row does.
   """
-  frequencies = _frequencies_of_rows(positions, config)
+  frequencies = frequencies_of_rows(positions, config)
   angles = positions.astype(jnp.float32)[..., None] * frequencies[:, None]
   factor = attention_factor(config)
   return jnp.cos(angles) * factor, jnp.sin(angles) * factor
