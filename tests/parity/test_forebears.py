@@ -21,8 +21,9 @@ from maxllama4.model.weights import ModelTemplate, arrays_of
 reason = "needs torch and transformers: pip install -e '.[parity]'"
 torch = pytest.importorskip("torch", reason=reason)
 transformers = pytest.importorskip("transformers", reason=reason)
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+modeling_llama = pytest.importorskip("transformers.models.llama.modeling_llama", reason=reason)
+LlamaRotaryEmbedding = modeling_llama.LlamaRotaryEmbedding
+ROPE_INIT_FUNCTIONS = modeling_llama.ROPE_INIT_FUNCTIONS
 
 LOGIT_TOLERANCE = 5e-5
 LENGTH = 40  # beyond both the 32 positions of the model and the 16 that it was first trained on
