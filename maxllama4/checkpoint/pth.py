@@ -72,7 +72,7 @@ def read_pth(path: pathlib.Path) -> dict[str, Any]:
   try:
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
       content = _Archive(path, file, archive).content()
-  except zipfile.BadZipFile:
+  except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError):
     raise ConfigError(
       f"{path} is not a zip archive: it is damaged, or of torch before 1.6, whose pickles are not read; copy it again,"
       " or load and save it with a newer torch."

@@ -163,6 +163,7 @@ def test_files_that_are_cut_compressed_empty_or_of_another_kind_are_refused(tmp_
     (whole[:-100], "not a zip archive"),
     (b"", "not a zip archive"),
     (b"\x80\x02}.", "before 1.6"),
+    (whole.replace(b"PK\x01\x02\x14\x03\x14", b"PK\x01\x02\x14\x03\xaa"), "not a zip archive"),
   ):
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=words):

@@ -103,6 +103,7 @@ def test_logits_of_a_llama_are_the_same_in_transformers(pair):
   assert_same_logits(ours, theirs)
 
 
+@pytest.mark.parametrize("pair", ["dynamic", "yarn", "longrope"], indirect=True)
 def test_greedy_completions_that_outgrow_the_limits_are_the_same_in_transformers(pair):
   theirs, ours = pair
   prompt = TOKENS[0, :13].tolist()
