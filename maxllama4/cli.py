@@ -74,7 +74,7 @@ def train_command(words: Sequence[str]) -> None:
 
 
 def decode_command(words: Sequence[str]) -> None:
-  from maxllama4.checkpoint.folders import find_run, load_model
+  from maxllama4.checkpoint.folders import find_run, foreign_reader, load_model
   from maxllama4.data.tokenizer import load_tokenizer
   from maxllama4.decoding.request import answer, split_overrides
 
@@ -91,7 +91,7 @@ def decode_command(words: Sequence[str]) -> None:
   if config is not None and config.data.tokenizer:
     tokenizer = load_tokenizer(config.data.tokenizer)
   else:
-    tokenizer = load_tokenizer(folder if (folder / "config.json").exists() else find_run(folder)[0])
+    tokenizer = load_tokenizer(folder if foreign_reader(folder) else find_run(folder)[0])
   answer(model, tokenizer, request)
 
 

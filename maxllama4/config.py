@@ -14,6 +14,7 @@ from typing import Any
 
 import ml_collections
 
+from maxllama4.rope_scaling import RopeScaling
 from maxllama4.settings import (
   ConfigError,
   config_from_section,
@@ -54,27 +55,6 @@ _ARRAYS = (
   ("embed", "kv_heads"),
   ("experts", "embed", "ffn"),
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-  """Frequency scaling of long-context models, in Hugging Face's names (`rope_scaling`)."""
-
-  rope_type: str
-  factor: float
-  low_freq_factor: float
-  high_freq_factor: float
-  original_max_position_embeddings: int
-
-  def __post_init__(self):
-    one_of("model.rope_scaling.rope_type", self.rope_type, ("llama3",))
-    names = "factor low_freq_factor high_freq_factor original_max_position_embeddings"
-    positive("model.rope_scaling", self, names)
-    require(
-      self.low_freq_factor <= self.high_freq_factor,
-      f"model.rope_scaling.low_freq_factor={self.low_freq_factor} exceeds"
-      f" model.rope_scaling.high_freq_factor={self.high_freq_factor}; swap them.",
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,7 +165,9 @@ class ModelConfig:
   eos_token_id: int | tuple[int, ...] | None
   pad_token_id: int | None
   vision_config: VisionConfig | None = None  # null: text only
-  image_token_index: int | None = None  # the patch token, whose places in the text image features take
+  image_token_index: int | None = (
+    None  # the patch token, whose places in the text image features take
+  )
   boi_token_index: int | None = None  # stands before an image
   eoi_token_index: int | None = None  # stands after an image
   dtype: str
@@ -205,6 +187,7 @@ class ModelConfig:
       f" model.num_key_value_heads={self.num_key_value_heads}; each key-value head serves a whole number of heads.",
     )
     require(self.head_dim % 2 == 0, f"model.head_dim={self.head_dim} must be even, for RoPE.")
+    self._check_rope_scaling()
     if self.attention_chunk_size is not None:
       positive("model", self, "attention_chunk_size")
     for name in ("moe_layers", "nope_layers"):
@@ -227,6 +210,20 @@ class ModelConfig:
       f"model.num_experts_per_tok={choices} exceeds model.num_local_experts={experts}; lower it, add experts, or set"
       " model.interleave_moe_layer_step=0 and model.moe_layers=null for a dense model.",
     )
+
+  def _check_rope_scaling(self):
+    scaling = self.rope_scaling or RopeScaling(rope_type="default")
+    require(
+      scaling.rope_type != "dynamic" or self.head_dim > 2,
+      f"model.head_dim={self.head_dim} must be at least 4 for model.rope_scaling.rope_type=dynamic.",
+    )
+    for name in ("short_factor", "long_factor"):
+      factors = getattr(scaling, name)
+      require(
+        factors is None or len(factors) == self.head_dim // 2,
+        f"model.rope_scaling.{name} holds {len(factors or ())} numbers where model.head_dim={self.head_dim} needs"
+        f" {self.head_dim // 2}, one for each pair of elements.",
+      )
 
   @property
   def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -398,7 +395,9 @@ class OptimizerConfig:
 
   name: str = "adamw"
   learning_rate: float = 3e-4  # at the peak
-  embedding_learning_rate: float | None = None  # muon: of what it leaves to AdamW; null: learning_rate
+  embedding_learning_rate: float | None = (
+    None  # muon: of what it leaves to AdamW; null: learning_rate
+  )
   schedule: str = "cosine"  # after the warm-up; linear, constant, or wsd: constant, then linear
   warmup_steps: int = 0  # a shorter run ends inside the warm-up
   decay_fraction: float = 0.2  # wsd: share of the steps spent decaying

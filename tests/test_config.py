@@ -8,6 +8,7 @@ from maxllama4.config import (
   ConfigError,
   DataConfig,
   ModelConfig,
+  RopeScaling,
   config_from_dict,
   config_to_dict,
   determine_is_moe_layer,
@@ -371,7 +372,7 @@ def test_one_entry_of_a_list_may_stand_without_brackets(path):
 
 def test_a_section_that_is_null_can_be_filled_from_the_command_line(path):
   overrides = [f"model.rope_scaling.{name}={value}" for name, value in ROPE_SCALING.items()]
-  assert dataclasses.asdict(load_config(path, overrides).model.rope_scaling) == ROPE_SCALING
+  assert load_config(path, overrides).model.rope_scaling == RopeScaling(**ROPE_SCALING)
 
 
 def test_one_rule_of_the_mesh_can_be_changed_without_naming_the_others(path):

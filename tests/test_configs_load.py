@@ -95,7 +95,6 @@ READ_OTHERWISE = {
   *("model.interleave_moe_layer_step", "model.moe_layers"),
   *("model.nope_layer_interval", "model.nope_layers"),
   "model.max_position_embeddings",  # the longest sequence_length
-  "model.rope_scaling.rope_type",  # has only one value
   *("model.boi_token_index", "model.eoi_token_index"),  # kept for exports
   *("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "mesh.context"),
 }

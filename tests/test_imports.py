@@ -9,11 +9,12 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "maxllama4"
 # What the modules of each part may import besides their own; parts are folders and top-level modules.
-FOUNDATION = {"settings", "config"}
+FOUNDATION = {"settings", "rope_scaling", "config"}
 MODEL = FOUNDATION | {"mesh", "sharding", "kernels", "model"}
 MAY_IMPORT = {
   "settings": set(),
-  "config": {"settings"},
+  "rope_scaling": {"settings"},
+  "config": {"settings", "rope_scaling"},
   "mesh": FOUNDATION,
   "sharding": FOUNDATION,
   "kernels": set(),

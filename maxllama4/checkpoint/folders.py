@@ -1,13 +1,14 @@
 """Whatever folder holds a model, to a model; and back."""
 
 import pathlib
+import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import yaml
 
-from maxllama4.checkpoint import hf
+from maxllama4.checkpoint import hf, llama, meta
 from maxllama4.checkpoint.store import CHECKPOINTS, CheckpointStore
 from maxllama4.config import (
   ConfigError,
@@ -27,16 +28,17 @@ FORMATS = ("hf", "maxllama4")
 def load_model(
   path: str | pathlib.Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
 ) -> Llama4ForCausalLM:
-  """The model in `path`: a run directory, one of its checkpoints, or a Hugging Face folder.
+  """The model in `path`: a run directory, one of its checkpoints, or a folder of Hugging Face's or Meta's.
 
   It computes in `dtype`; weights keep the dtype they are stored in. With a `mesh` they are laid over it by the default
   rules. Raises: ConfigError when there is no model, or not the one that its configuration describes.
   """
   path = pathlib.Path(path)
   context = None if mesh is None else MeshContext(mesh, MeshConfig())
-  if (path / "config.json").exists():
-    template = ModelTemplate(hf.read_config(path, dtype))
-    return template.model(_place(hf.read_arrays(path, template), template, context))
+  reader = foreign_reader(path)
+  if reader is not None:
+    template = ModelTemplate(reader.read_config(path, dtype))
+    return template.model(_place(reader.read_arrays(path, template), template, context))
   run_dir, step = find_run(path)
   template = ModelTemplate(read_run_config(run_dir, dtype))
   shapes = template.shapes
@@ -75,6 +77,14 @@ def save_model(model: Llama4ForCausalLM, path: str | pathlib.Path, format: str) 
   store.close()
 
 
+def foreign_reader(path: pathlib.Path) -> types.ModuleType | None:
+  """The module with `read_config` and `read_arrays` for the folder `path`; None where it is none that others wrote."""
+  if (path / "config.json").exists():
+    is_llama = hf.read_json(path / "config.json").get("model_type") == "llama"
+    return llama if is_llama else hf
+  return meta if (path / meta.PARAMS).exists() else None
+
+
 def find_run(path: pathlib.Path) -> tuple[pathlib.Path, int]:
   """The run directory that `path` is or lies in, and the step: the one that `path` names, else the newest."""
   if path.name.isdigit() and path.parent.name == CHECKPOINTS:
@@ -83,8 +93,8 @@ def find_run(path: pathlib.Path) -> tuple[pathlib.Path, int]:
     run_dir, wanted = path, None
   if not (run_dir / "config.yml").exists() or not (run_dir / CHECKPOINTS).is_dir():
     raise ConfigError(
-      f"checkpoint={path} holds no model: neither config.json (Hugging Face) nor config.yml and {CHECKPOINTS}/"
-      " (a run directory); check the path."
+      f"checkpoint={path} holds no model: neither config.json (Hugging Face), {meta.PARAMS} (Meta), nor config.yml and"
+      f" {CHECKPOINTS}/ (a run directory); check the path."
     )
   store = CheckpointStore(run_dir)
   steps = store.steps
@@ -102,7 +112,7 @@ def read_run_config(run_dir: pathlib.Path, dtype: str | None) -> ModelConfig:
 
 
 def _place(arrays: Any, template: ModelTemplate, context: MeshContext | None) -> Arrays:
-  """Arrays on the device or the mesh; router biases, which no Hugging Face file has, are zero."""
+  """Arrays on the device or the mesh; router biases, which no released file has, are zero."""
   shardings = None if context is None else template.shardings(context)
   placed = {
     path: jax.device_put(array, None if shardings is None else shardings[path])

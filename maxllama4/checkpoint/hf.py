@@ -19,11 +19,12 @@ from safetensors.numpy import save_file
 from maxllama4.config import (
   ConfigError,
   ModelConfig,
-  RopeScaling,
   VisionConfig,
   config_from_section,
+  require,
 )
 from maxllama4.model.weights import Arrays, ModelTemplate, layer_place
+from maxllama4.rope_scaling import ROPE_TYPES
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -137,7 +138,9 @@ def tensor_table(config: ModelConfig) -> list[Tensor]:
 
 
 def _vision_tensors(config: ModelConfig) -> list[Tensor]:
-  table = [Tensor(f"vision_model.{name}", f"vision/{path}", groups) for name, path, groups in _VISION]
+  table = [
+    Tensor(f"vision_model.{name}", f"vision/{path}", groups) for name, path, groups in _VISION
+  ]
   table += [
     Tensor(f"vision_model.model.layers.{i}.{name}", f"vision/encoder/layers/{path}", groups, i)
     for i in range(config.vision_config.num_hidden_layers)
@@ -154,16 +157,16 @@ def _vision_tensors(config: ModelConfig) -> list[Tensor]:
 
 def read_config(folder: pathlib.Path, dtype: str) -> ModelConfig:
   """The architecture in `folder`/config.json, to compute in `dtype`. Raises: ConfigError for what is not supported."""
-  raw = _read_json(folder / "config.json")
+  raw = read_json(folder / "config.json")
   return model_config_from_hf(raw, dtype, folder / "config.json")
 
 
 def model_config_from_hf(raw: dict[str, Any], dtype: str, source: pathlib.Path) -> ModelConfig:
   """`ModelConfig` from a config.json in its old (4.51) or new (5.x) spelling, with a vision tower or text only."""
-  images: dict[str, Any] = dict.fromkeys(("vision_config", *_IMAGE_TOKENS))
+  images: dict[str, Any] = dict.fromkeys(("vision_config", *IMAGE_TOKENS))
   if "text_config" in raw:
     images = {"vision_config": _vision_section(raw, source)}
-    images |= {name: raw.get(name, default) for name, default in _IMAGE_TOKENS.items()}
+    images |= {name: raw.get(name, default) for name, default in IMAGE_TOKENS.items()}
     outer = {name: raw[name] for name in ("dtype", "torch_dtype") if raw.get(name)}
     raw = {**raw["text_config"], **outer}
   for name, only in (
@@ -185,7 +188,7 @@ def model_config_from_hf(raw: dict[str, Any], dtype: str, source: pathlib.Path) 
   section = _DEFAULTS | {name: value for name, value in raw.items() if name in names}
   section |= {
     "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 500000.0)),
-    "rope_scaling": _rope_scaling(scaling, source),
+    "rope_scaling": rope_scaling_from_hf(scaling, _DEFAULTS | raw, source),
     "nope_layers": nope_layers,
     "nope_layer_interval": nope_interval,
     "interleave_moe_layer_step": step,
@@ -212,7 +215,7 @@ def _vision_section(raw: dict[str, Any], source: pathlib.Path) -> dict[str, Any]
 
 
 # The tokens around and of an image, and what transformers assumes where a config.json is silent.
-_IMAGE_TOKENS = {
+IMAGE_TOKENS = {
   "image_token_index": 200092,
   "boi_token_index": 200080,
   "eoi_token_index": 200081,
@@ -252,19 +255,28 @@ def _nope_layers(raw: dict[str, Any], num_layers: int) -> tuple[list[int] | None
   return (None if nope == regular else nope), interval
 
 
-def _rope_scaling(scaling: dict[str, Any], source: pathlib.Path) -> dict[str, Any] | None:
+def rope_scaling_from_hf(
+  scaling: dict[str, Any], raw: dict[str, Any], source: pathlib.Path
+) -> dict[str, Any] | None:
+  """The section `rope_scaling`; a length that it does not name is that of the whole config, `raw`."""
   kind = scaling.get("rope_type") or scaling.get("type") or "default"  # `type` in the oldest files
+  require(
+    kind in ROPE_TYPES,
+    f"{source}: rope_scaling.rope_type={kind} is not supported; it must be one of {', '.join(ROPE_TYPES)}.",
+  )
+  turned = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1
+  require(turned == 1, f"{source}: partial_rotary_factor={turned} is not supported; it must be 1.")
   if kind == "default":
     return None
-  if kind != "llama3":
-    raise ConfigError(
-      f"{source}: rope_scaling.rope_type={kind} is not supported; it must be llama3 or default."
-    )
-  names = [field.name for field in dataclasses.fields(RopeScaling)]
-  return {name: scaling[name] for name in names if name in scaling} | {"rope_type": kind}
+  needed, optional = ROPE_TYPES[kind]
+  section = {name: scaling[name] for name in (*needed, *optional) if name in scaling}
+  length = "original_max_position_embeddings"
+  if length in needed:
+    section[length] = raw.get(length) or section.get(length) or raw.get("max_position_embeddings")
+  return section | {"rope_type": kind}
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
     return json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
@@ -273,21 +285,28 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     raise ConfigError(f"{path} is not valid JSON ({error}).") from None
 
 
-def read_arrays(folder: pathlib.Path, template: ModelTemplate) -> Iterator[tuple[str, np.ndarray]]:
+def read_arrays(
+  folder: pathlib.Path, template: ModelTemplate, table: list[Tensor] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
   """Each array of the model with its path, one at a time, in the dtype of the file.
 
+  `table` lists the tensors of another family's files; those that hold no weights of it are skipped, which is said.
   Raises: ConfigError listing every tensor that is missing, unexpected or of another shape, before anything is read.
   """
   files = _files(folder)
-  table, shapes = tensor_table(template.config), template.shapes
+  table, shapes = table or tensor_table(template.config), template.shapes
   handles = {name: safe_open(path, framework="numpy") for name, path in files.items()}
   places = {tensor: name for name, handle in handles.items() for tensor in handle.keys()}  # noqa: SIM118
+  ignored = {name for name in places if _is_ignorable(name, template.config)}
+  if ignored:
+    warnings.warn(f"{folder}: skipped {', '.join(sorted(ignored))}.", stacklevel=2)
 
   def unstacked(tensor: Tensor) -> tuple[int, ...]:
     return shapes[tensor.path].shape[0 if tensor.stack_index is None else 1 :]
 
   problems = [
-    f"{name} is not part of the model" for name in sorted(set(places) - {t.name for t in table})
+    f"{name} is not part of the model"
+    for name in sorted(set(places) - ignored - {t.name for t in table})
   ]
   for tensor in table:
     expected = tensor.file_shape(unstacked(tensor))
@@ -314,10 +333,16 @@ def read_arrays(folder: pathlib.Path, template: ModelTemplate) -> Iterator[tuple
     yield path, arrays[0] if tensors[0].stack_index is None else np.stack(arrays)
 
 
+def _is_ignorable(name: str, config: ModelConfig) -> bool:
+  """Whether a tensor holds nothing that the model lacks: a table of frequencies, or a tied head written out."""
+  is_head = name.removeprefix("language_model.") == "lm_head.weight"
+  return name.endswith("rotary_emb.inv_freq") or (is_head and config.tie_word_embeddings)
+
+
 def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   """The safetensors files of a folder, by name; those of its index when it has one."""
   if (folder / INDEX).exists():
-    names = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
+    names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
   else:
     names = [SINGLE]
   for name in names:
@@ -374,7 +399,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     "model_type": "llama4",
     "dtype": dtype,
     "tie_word_embeddings": config.tie_word_embeddings,
-    **{name: getattr(config, name) for name in _IMAGE_TOKENS},
+    **{name: getattr(config, name) for name in IMAGE_TOKENS},
     "text_config": text,
     "vision_config": {
       "model_type": "llama4_vision_model",
@@ -413,7 +438,7 @@ def _text_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
   rope = (
     {"rope_type": "default"}
     if config.rope_scaling is None
-    else dataclasses.asdict(config.rope_scaling)
+    else {k: v for k, v in dataclasses.asdict(config.rope_scaling).items() if v is not None}
   )
   return {
     "model_type": "llama4_text",

@@ -35,7 +35,9 @@ class Sequences:
 
   @classmethod
   def of(cls, positions, segment_ids, config: ModelConfig) -> "Sequences":
-    return cls(positions, segment_ids, *rope_tables(positions, config))
+    # Padding does not count: a row is as long as its longest document.
+    counted = jnp.where(segment_ids > 0, positions, 0)
+    return cls(positions, segment_ids, *rope_tables(counted, config))
 
   @property
   def valid(self) -> Bool[Array, "B T"]:
@@ -75,7 +77,9 @@ def attend(
   weights = jnp.exp(scores - largest)
   # Divided by their sum only after the product: T x H quotients in place of T x S, forward and backward.
   sums = weights.sum(-1)  # B K G T
-  y = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  y = jnp.einsum(
+    "BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+  )
   y = y / sums.transpose(0, 3, 1, 2)[..., None]
   return y.astype(v.dtype).reshape(batch, length, heads, size)
 

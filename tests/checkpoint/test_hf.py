@@ -226,7 +226,9 @@ def test_layers_without_rope_are_those_that_the_file_means(raw, nope):
     ({"model_type": "llama"}, "model_type=llama"),
     ({"attention_bias": True}, "attention_bias=True"),
     ({"hidden_act": "gelu"}, "hidden_act=gelu"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+    ({"rope_scaling": {"rope_type": "su", "factor": 2.0}}, "rope_type=su"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary"),
   ],
 )
 def test_a_config_of_what_we_do_not_compute_is_refused(raw, words):

@@ -1,0 +1,98 @@
+"""Hugging Face folders of the models before Llama 4 (`LlamaForCausalLM`): dense models of this architecture.
+
+Every layer has RoPE and sees everything before it; there is no norm of queries and keys, and no temperature. The files
+pair elements (j, j + H/2) of a head for RoPE where Llama 4 pairs (2j, 2j + 1), so rows of queries and keys are
+reordered. Meta's own files of these models pair as Llama 4's; `meta.py` reads them.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from maxllama4.checkpoint import hf
+from maxllama4.config import ModelConfig, config_from_section, require
+from maxllama4.model.weights import ModelTemplate
+
+# What transformers assumes where a config.json is silent.
+_DEFAULTS = {
+  "vocab_size": 32000,
+  "hidden_size": 4096,
+  "intermediate_size": 11008,
+  "num_hidden_layers": 32,
+  "num_attention_heads": 32,
+  "max_position_embeddings": 2048,
+  "rms_norm_eps": 1e-6,
+  "initializer_range": 0.02,
+  "tie_word_embeddings": False,
+  "bos_token_id": 1,
+  "eos_token_id": 2,
+  "pad_token_id": None,
+}
+# What a dense model without Llama 4's additions has.
+_DENSE = {
+  "num_local_experts": 0,
+  "num_experts_per_tok": 1,
+  "interleave_moe_layer_step": 0,
+  "moe_layers": None,
+  "nope_layer_interval": 0,
+  "nope_layers": None,
+  "attention_chunk_size": None,
+  "use_qk_norm": False,
+  "attn_temperature_tuning": False,
+  "floor_scale": 8192,
+  "attn_scale": 0.1,
+}
+
+
+def read_config(folder: pathlib.Path, dtype: str) -> ModelConfig:
+  """The architecture in `folder`/config.json, to compute in `dtype`. Raises: ConfigError for what is not supported."""
+  source = folder / "config.json"
+  raw = hf.read_json(source)
+  for name, only in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+    require(
+      raw.get(name, only) == only,
+      f"{source}: {name}={raw.get(name)} is not supported; it must be {only}.",
+    )
+  section = {name: raw.get(name, default) for name, default in _DEFAULTS.items()}
+  heads = section["num_attention_heads"]
+  rope = raw.get("rope_parameters") or {}
+  scaling = raw.get("rope_scaling") or rope
+  section |= {
+    "intermediate_size_mlp": section["intermediate_size"],
+    "num_key_value_heads": raw.get("num_key_value_heads") or heads,
+    "head_dim": raw.get("head_dim") or section["hidden_size"] // heads,
+    "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+    "rope_scaling": hf.rope_scaling_from_hf(scaling, section | raw, source),
+    "dtype": dtype,
+    "param_dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32",
+  }
+  return config_from_section(ModelConfig, _DENSE | section, f"{source}: ")
+
+
+def read_arrays(folder: pathlib.Path, template: ModelTemplate) -> Iterator[tuple[str, np.ndarray]]:
+  """As `hf.read_arrays`, of the tensors of a `LlamaForCausalLM`."""
+  return hf.read_arrays(folder, template, tensor_table(template.config))
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfSplitTensor(hf.Tensor):
+  """Queries or keys of which the file has elements 0, 2, 4, ... of a head before 1, 3, 5, ..."""
+
+  def from_file(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    halves = super().from_file(tensor, shape)  # D N H
+    *outer, size = shape
+    return halves.reshape(*outer, 2, size // 2).swapaxes(-1, -2).reshape(shape)
+
+
+def tensor_table(config: ModelConfig) -> list[hf.Tensor]:
+  """Every tensor of a checkpoint."""
+
+  def renamed(tensor: hf.Tensor) -> hf.Tensor:
+    is_turned = tensor.path.endswith(("attention/query", "attention/key"))
+    kind = HalfSplitTensor if is_turned else hf.Tensor
+    name = tensor.name.replace(".feed_forward.", ".mlp.")
+    return kind(name, tensor.path, tensor.groups, tensor.stack_index)
+
+  return [renamed(tensor) for tensor in hf.tensor_table(config)]
