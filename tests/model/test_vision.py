@@ -89,6 +89,28 @@ def test_patches_run_row_by_row_and_flatten_channel_row_column():
   np.testing.assert_allclose(found, np.array(expected) @ unfold.weight.get_value(), atol=1e-5)
 
 
+def test_a_pair_turns_with_its_column_or_its_row_counted_from_one_and_the_class_token_not():
+  vision = tiny_vision_config(hidden_size=16, image_size=8, patch_size=2).vision_config  # 4 x 4
+  cos, sin = patch_rope_tables(vision)  # heads of 8: two pairs a direction, at 1 and 100^-1/2
+  for y in range(4):
+    for x in range(4):
+      angles = np.array([x + 1, (x + 1) / 10, y + 1, (y + 1) / 10])
+      np.testing.assert_allclose(cos[0, 4 * y + x], np.cos(angles), atol=1e-6)
+      np.testing.assert_allclose(sin[0, 4 * y + x], np.sin(angles), atol=1e-6)
+  np.testing.assert_array_equal(cos[0, 16], 1)
+  np.testing.assert_array_equal(sin[0, 16], 0)
+
+
+def test_four_neighbouring_patches_stand_side_by_side_row_before_column():
+  x = np.random.default_rng(0).normal(size=(2, 16, 3))
+  found = pixel_shuffle(jnp.asarray(x, jnp.float32), 0.5)
+  for row in range(2):
+    for column in range(2):
+      first = 4 * (2 * row) + 2 * column  # upper left of the four
+      expected = np.concatenate([x[:, first + i] for i in (0, 1, 4, 5)], axis=-1)
+      np.testing.assert_allclose(found[:, 2 * row + column], expected, rtol=1e-6)
+
+
 def test_a_layer_norm_centres_scales_weighs_and_shifts_in_float32():
   norm = LayerNorm(4, tiny_vision_config())
   norm.weight.set_value(jnp.array([1.0, 2.0, 3.0, 4.0]))
