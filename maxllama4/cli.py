@@ -1,6 +1,7 @@
 """The commands: parse, call, and one clear sentence when something is wrong."""
 
 import json
+import os
 import pathlib
 import sys
 import traceback
@@ -8,13 +9,22 @@ from collections.abc import Sequence
 
 import yaml
 
-from maxllama4.config import Config, ConfigError, config_to_dict, load_config, resolve_config
+from maxllama4.config import (
+  Config,
+  ConfigError,
+  config_from_section,
+  config_to_dict,
+  load_config,
+  parse_override,
+  resolve_config,
+)
 from maxllama4.settings import flatten
 
 USAGE = """usage: maxllama4 COMMAND [CONFIG.yml] [key=value ...] [--debug]
 
   train   CONFIG.yml [key=value ...]                        train, or go on from the newest checkpoint
   decode  [CONFIG.yml] checkpoint=PATH prompt=TEXT [...]    sample from a model
+  convert SOURCE DESTINATION to=hf|maxllama4 [dry_run=true]  from one format to another; what was stopped goes on
   show    CONFIG.yml [key=value ...] [output=json]          the whole configuration, sizes and costs; needs no device
 
 Settings are dotted paths (training.steps=200), values are YAML. --debug shows the traceback of a failure.
@@ -58,6 +68,14 @@ def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
   return path, overrides
 
 
+def split_paths(words: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+  """The leading paths that `names` stand for, and the `key=value` words."""
+  paths, overrides = list(words[: len(names)]), list(words[len(names) :])
+  if len(paths) < len(names) or any("=" in path and not os.path.exists(path) for path in paths):
+    raise ConfigError(f"name {' and '.join(names)} first, then key=value settings.")
+  return paths, split_words(["", *overrides])[1]
+
+
 def need_config(words: Sequence[str]) -> tuple[str, list[str]]:
   path, overrides = split_words(words)
   if path is None:
@@ -93,6 +111,18 @@ def decode_command(words: Sequence[str]) -> None:
   else:
     tokenizer = load_tokenizer(folder if (folder / "config.json").exists() else find_run(folder)[0])
   answer(model, tokenizer, request)
+
+
+def convert_command(words: Sequence[str]) -> None:
+  from maxllama4.checkpoint.convert import Conversion, convert, describe
+  from maxllama4.checkpoint.folders import open_source
+
+  (source, destination), overrides = split_paths(words, ("SOURCE", "DESTINATION"))
+  asked = config_from_section(Conversion, dict(map(parse_override, overrides)), "")
+  if asked.dry_run:
+    describe(open_source(source), asked, sys.stdout)
+  else:
+    convert(open_source(source), pathlib.Path(destination), asked)
 
 
 def show_command(words: Sequence[str]) -> None:
@@ -152,4 +182,9 @@ def _in_words(count: int) -> str:
   return f"{count / 1e9:,.2f}B" if count >= 1e9 else f"{count / 1e6:,.2f}M"
 
 
-COMMANDS = {"train": train_command, "decode": decode_command, "show": show_command}
+COMMANDS = {
+  "train": train_command,
+  "decode": decode_command,
+  "convert": convert_command,
+  "show": show_command,
+}

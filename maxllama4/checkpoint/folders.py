@@ -1,14 +1,17 @@
 """Whatever folder holds a model, to a model; and back."""
 
+import dataclasses
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import yaml
 
-from maxllama4.checkpoint import hf
+from maxllama4.checkpoint.convert import FORMATS, Conversion, save
+from maxllama4.checkpoint.hf import HuggingFaceFolder, ModelTensors
+from maxllama4.checkpoint.run_tensors import RunTensors
 from maxllama4.checkpoint.store import CHECKPOINTS, CheckpointStore
+from maxllama4.checkpoint.tensors import TensorSource
 from maxllama4.config import (
   ConfigError,
   MeshConfig,
@@ -18,38 +21,35 @@ from maxllama4.config import (
   read_yaml,
 )
 from maxllama4.model.llama4 import Llama4ForCausalLM
-from maxllama4.model.weights import Arrays, ModelTemplate, arrays_of
+from maxllama4.model.weights import ModelTemplate, arrays_of
 from maxllama4.sharding import MeshContext
 
-FORMATS = ("hf", "maxllama4")
+
+def open_source(path: str | pathlib.Path) -> TensorSource:
+  """The tensors in `path`: a run directory, one of its checkpoints, or a Hugging Face folder.
+
+  Raises: ConfigError when there is no model, or none that we support.
+  """
+  path = pathlib.Path(path)
+  if (path / "config.json").exists():
+    return HuggingFaceFolder(path)
+  run_dir, step = find_run(path)
+  return RunTensors(run_dir, step, read_run_config(run_dir, None))
 
 
 def load_model(
   path: str | pathlib.Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
 ) -> Llama4ForCausalLM:
-  """The model in `path`: a run directory, one of its checkpoints, or a Hugging Face folder.
+  """The model in `path`, whatever `open_source` knows.
 
   It computes in `dtype`; weights keep the dtype they are stored in. With a `mesh` they are laid over it by the default
-  rules. Raises: ConfigError when there is no model, or not the one that its configuration describes.
+  rules, each device's part read by itself. Raises: ConfigError when there is no model, or not the one that its
+  configuration describes.
   """
-  path = pathlib.Path(path)
-  context = None if mesh is None else MeshContext(mesh, MeshConfig())
-  if (path / "config.json").exists():
-    template = ModelTemplate(hf.read_config(path, dtype))
-    return template.model(_place(hf.read_arrays(path, template), template, context))
-  run_dir, step = find_run(path)
-  template = ModelTemplate(read_run_config(run_dir, dtype))
-  shapes = template.shapes
-  if context is not None:
-    shapes = {
-      name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=template.shardings(context)[name])
-      for name, s in shapes.items()
-    }
-  store = CheckpointStore(run_dir)
-  try:
-    return template.model(store.restore_model(step, shapes))
-  finally:
-    store.close()
+  source = open_source(path)
+  template = ModelTemplate(dataclasses.replace(source.config, dtype=dtype))
+  shardings = None if mesh is None else template.shardings(MeshContext(mesh, MeshConfig()))
+  return template.model(source.arrays(template, shardings))
 
 
 def save_model(model: Llama4ForCausalLM, path: str | pathlib.Path, format: str) -> None:
@@ -63,7 +63,7 @@ def save_model(model: Llama4ForCausalLM, path: str | pathlib.Path, format: str) 
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise ConfigError(f"{path} already holds something; give a new or empty folder.")
   if format == "hf":
-    hf.write_folder(path, model.config, arrays_of(model))
+    save(ModelTensors(model.config, arrays_of(model)), path, Conversion(to="hf"))
     return
   path.mkdir(parents=True, exist_ok=True)
   (path / "config.yml").write_text(
@@ -99,17 +99,3 @@ def read_run_config(run_dir: pathlib.Path, dtype: str | None) -> ModelConfig:
   tree = read_yaml(run_dir / "config.yml")
   section = {**tree["model"], "dtype": dtype or tree["dtype"], "param_dtype": tree["param_dtype"]}
   return config_from_section(ModelConfig, section, f"{run_dir / 'config.yml'}: model.")
-
-
-def _place(arrays: Any, template: ModelTemplate, context: MeshContext | None) -> Arrays:
-  """Arrays on the device or the mesh; router biases, which no Hugging Face file has, are zero."""
-  shardings = None if context is None else template.shardings(context)
-  placed = {
-    path: jax.device_put(array, None if shardings is None else shardings[path])
-    for path, array in arrays
-  }
-  for path, shape in template.shapes.items():
-    if path not in placed:
-      zeros = jnp.zeros(shape.shape, shape.dtype)
-      placed[path] = jax.device_put(zeros, None if shardings is None else shardings[path])
-  return placed
