@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import io
 import os
 import pathlib
@@ -187,10 +188,15 @@ def _space(partial: pathlib.Path) -> tuple[int, int]:
 
 def _plan(source: TensorSource, asked: Conversion) -> dict[str, Any]:
   """What a result is made from; the same for the same command and the same source."""
-  files = {
-    str(path.absolute()): [path.stat().st_size, path.stat().st_mtime_ns] for path in source.files
+  digest = hashlib.blake2b(digest_size=16)
+  for path in source.files:
+    facts = path.stat()
+    digest.update(f"{path.absolute()} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+  return {
+    **dataclasses.asdict(asked),
+    "source": source.folder.name,
+    "source_digest": digest.hexdigest(),
   }
-  return {**dataclasses.asdict(asked), "files": files}
 
 
 def _is_done(destination: pathlib.Path, plan: dict[str, Any]) -> bool:
