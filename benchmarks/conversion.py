@@ -91,8 +91,8 @@ def copy(source: pathlib.Path, destination: pathlib.Path) -> float:
   return seconds
 
 
-def convert(source: pathlib.Path, destination: pathlib.Path, to: str) -> tuple[float, int]:
-  """Seconds and peak resident bytes of `maxllama4 convert` in a process of its own."""
+def convert(source: pathlib.Path, destination: pathlib.Path, to: str) -> tuple[float, float, int]:
+  """Seconds, seconds of processor time, and peak resident bytes of `maxllama4 convert` in a process of its own."""
   leave_page_cache(source)
   command = [sys.executable, "-c", MAIN, "convert", str(source), str(destination), f"to={to}"]
   start = time.perf_counter()
@@ -101,7 +101,8 @@ def convert(source: pathlib.Path, destination: pathlib.Path, to: str) -> tuple[f
   os.sync()
   if status:
     raise SystemExit(f"{' '.join(command)} failed with status {status}")
-  return time.perf_counter() - start, usage.ru_maxrss * 1024
+  seconds = time.perf_counter() - start
+  return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def digests(folder: pathlib.Path) -> dict[str, str]:
@@ -125,8 +126,13 @@ def measure(folder: pathlib.Path, config: ModelConfig) -> dict:
     "import": (theirs, ours, "maxllama4"),
     "export": (ours, back, "hf"),
   }.items():
-    seconds, peak = convert(*arguments)
-    rows[name] = {"seconds": seconds, "bytes_per_second": size / seconds, "peak_bytes": peak}
+    seconds, processor, peak = convert(*arguments)
+    rows[name] = {
+      "seconds": seconds,
+      "processor_seconds": processor,
+      "bytes_per_second": size / seconds,
+      "peak_bytes": peak,
+    }
   same = digests(theirs) == digests(back)
   copies.append(copy(theirs, folder / "copy"))
   rate = size * len(copies) / sum(copies)

@@ -31,7 +31,7 @@ from maxllama4.model.weights import ModelTemplate
 
 FORMATS = ("hf", "maxllama4")
 THREADS = 4  # each holds one piece
-SYNC_BYTES = 2**30  # written between two entries of the record
+SYNC_BYTES = 2**28  # written before the next tensors are recorded
 RECORD, DONE = "conversion.json", "conversion.done"
 # What belongs to a model beside its weights, copied as it stands.
 COMPANIONS = (
@@ -111,8 +111,12 @@ def _partial(destination: pathlib.Path) -> pathlib.Path:
 
 
 def _prepare(partial: pathlib.Path, companions: pathlib.Path | None, sink: TensorSink) -> None:
+  """Starts afresh. Raises: ConfigError when `partial` is something else than what a conversion left."""
+  if partial.exists() and any(partial.iterdir()) and not (partial / DONE).exists():
+    raise ConfigError(f"{partial} is needed for the work, but holds something else; move it away.")
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
+  (partial / DONE).touch()
   if companions is not None:
     _copy_companions(companions, partial)
   sink.prepare()
@@ -238,29 +242,31 @@ def _write_tensors(
   done, written, unsynced = _done(record), [], 0
   _cut_to_lines(record)
 
-  def keep():
+  def keep(names):
     sink.sync()
     with record.open("a", encoding="utf-8") as file:
-      file.writelines(f"{name}\n" for name in written)
+      file.writelines(f"{name}\n" for name in names)
       file.flush()
       os.fsync(file.fileno())
-    written.clear()
 
   sink.open()
+  pools = concurrent.futures.ThreadPoolExecutor
   try:
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
+    with pools(THREADS) as threads, pools(1) as recorder:
+      recorded = recorder.submit(keep, [])
       for tensor, size in sizes(source, dtypes):
-        if tensor.name not in done:
-          for copied in _copy(source, sink, tensor, shapes[tensor.path].shape, dtypes, threads):
-            report(copied)
-          written.append(tensor.name)
-          unsynced += size
-        else:
+        if tensor.name in done:
           report(size, copied=False)
+          continue
+        for copied in _copy(source, sink, tensor, shapes[tensor.path].shape, dtypes, threads):
+          report(copied)
+        written.append(tensor.name)
+        unsynced += size
         if unsynced >= SYNC_BYTES:
-          keep()
-          unsynced = 0
-      keep()
+          recorded.result()  # the last one; the next tensors are copied meanwhile
+          recorded, written, unsynced = recorder.submit(keep, written), [], 0
+      recorded.result()
+      keep(written)
   finally:
     sink.close()
 

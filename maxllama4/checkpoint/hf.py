@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from maxllama4.checkpoint.safetensors_files import (
+  FileView,
   SafetensorsWriter,
   num_bytes,
   read_header,
@@ -288,6 +289,9 @@ class HuggingFaceFolder(TensorSource):
 
   def read(self, name: str) -> np.ndarray:
     return self._places[name].open()
+
+  def view(self, tensor: Tensor, dims: tuple[int, ...]) -> FileView:
+    return FileView(self._places[tensor.name], dims)
 
   def check_exportable(self) -> None:
     if self._unfused:

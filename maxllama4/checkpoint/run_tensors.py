@@ -4,6 +4,9 @@ Orbax hands over whole arrays, and a stack of scanned layers is one array. Its f
 database (OCDBT) a checkpoint, in which any box of an array can be read or written; see docs/decisions/0005.
 """
 
+import contextlib
+import math
+import os
 import pathlib
 import threading
 from typing import Any
@@ -14,6 +17,7 @@ import numpy as np
 import tensorstore
 import yaml
 
+from maxllama4.checkpoint import tensors as pieces
 from maxllama4.checkpoint.hf import tensor_table, warn_of_biases
 from maxllama4.checkpoint.safetensors_files import read_json
 from maxllama4.checkpoint.store import CHECKPOINTS, CheckpointStore
@@ -30,7 +34,6 @@ from maxllama4.model.weights import Arrays, ModelTemplate
 
 # A chunk that is not there is an error, not zeros; so zeros are written out.
 _WHOLE = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
-CACHE_BYTES = 256 * 2**20  # of decoded chunks, for checkpoints whose chunks are not our pieces
 
 
 class RunTensors(TensorSource):
@@ -43,7 +46,6 @@ class RunTensors(TensorSource):
     self.folder, self.config, self.name = run_dir, config, str(run_dir)
     self._model = run_dir / CHECKPOINTS / str(step) / "model"
     self.files = [run_dir / "config.yml", self._model / "_METADATA", self._model / "manifest.ocdbt"]
-    self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
     self._metadata = read_json(self._model / "_METADATA")
     self.table = tensor_table(config)
     template = ModelTemplate(config)
@@ -67,7 +69,7 @@ class RunTensors(TensorSource):
     driver = "zarr3" if self._metadata.get("use_zarr3") else "zarr"
     spec = {"driver": driver, "kvstore": _database(self._model, path)} | _WHOLE
     try:
-      return tensorstore.open(spec, open=True, read=True, context=self._context).result()
+      return tensorstore.open(spec, open=True, read=True).result()
     except ValueError as error:
       raise ConfigError(f"{self._model} holds no array {path} ({error}).") from None
 
@@ -83,7 +85,10 @@ class RunTensors(TensorSource):
     return tensor.to_file(self._arrays[tensor.path][tensor.index].read().result())
 
   def view(self, tensor: Tensor, dims: tuple[int, ...]) -> Any:
-    return self._arrays[tensor.path][tensor.index].transpose(tensor.order)
+    array = self._arrays[tensor.path]
+    part = array[tensor.index].transpose(tensor.order)
+    chunk = math.prod(array.chunk_layout.read_chunk.shape) * array.dtype.numpy_dtype.itemsize
+    return part if chunk <= pieces.PIECE_BYTES else part.read().result()  # each chunk once
 
   def check_exportable(self) -> None:
     biases = [array for path, array in self._arrays.items() if path.endswith("router/bias")]
@@ -101,6 +106,7 @@ class RunWriter(TensorSink):
     self._model = folder.absolute() / CHECKPOINTS / "0" / "model"
     self._arrays: dict[str, tensorstore.TensorStore] = {}
     self._lock = threading.Lock()
+    self._context = tensorstore.Context({"file_io_sync": False})  # `sync` does it
 
   def prepare(self) -> None:
     """Lets Orbax save a checkpoint of numbers in place of the arrays, and gives each its array instead."""
@@ -140,12 +146,18 @@ class RunWriter(TensorSink):
     with self._lock:
       if tensor.path not in self._arrays:
         spec = {"driver": "zarr", "kvstore": _database(self._model, tensor.path)} | _WHOLE
-        self._arrays[tensor.path] = tensorstore.open(spec, open=True, write=True).result()
+        self._arrays[tensor.path] = tensorstore.open(
+          spec, open=True, write=True, context=self._context
+        ).result()
     part = self._arrays[tensor.path][tensor.index].transpose(tensor.order)
     part[box].write(piece).result()
 
   def sync(self) -> None:
-    """Nothing: TensorStore has every finished write on the disk."""
+    """Brings the database's files to the disk, together: TensorStore would wait for each, one after the other."""
+    for path in (self._folder / CHECKPOINTS).rglob("*"):
+      if path.is_file():
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:  # a lock file goes
+          os.fsync(file.fileno())
 
   def close(self) -> None:
     self._arrays = {}

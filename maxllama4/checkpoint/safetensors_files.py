@@ -47,6 +47,24 @@ class Entry:
     return np.memmap(self.file, self.shape.dtype, "r", self.offset, tuple(self.shape.shape))
 
 
+class FileView:
+  """A tensor in a file, in `dims`; indexed with a box it reads that."""
+
+  def __init__(self, entry: Entry, dims: tuple[int, ...]):
+    self._entry, self._dims = entry, dims
+
+  def __getitem__(self, box: tuple[slice, ...]) -> np.ndarray:
+    sizes = [part.stop - part.start for part in box]
+    cut = next((axis for axis, size in enumerate(sizes) if size > 1), len(sizes))
+    if list(self._dims[cut + 1 :]) != sizes[cut + 1 :]:
+      return self._entry.open().reshape(self._dims)[box]
+    # A contiguous range. Reading it is faster than touching its pages, and mapped pages count as our memory.
+    dtype = jnp.dtype(self._entry.shape.dtype)
+    start = int(np.ravel_multi_index([part.start for part in box], self._dims))
+    count, offset = math.prod(sizes) * dtype.itemsize, self._entry.offset + start * dtype.itemsize
+    return np.fromfile(self._entry.file, np.uint8, count, offset=offset).view(dtype).reshape(sizes)
+
+
 def num_bytes(tensor: jax.ShapeDtypeStruct) -> int:
   return math.prod(tensor.shape) * jnp.dtype(tensor.dtype).itemsize
 

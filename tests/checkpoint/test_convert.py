@@ -11,6 +11,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from golden import TEXT_CASES, VISION_CASES, golden_case
 from safetensors.numpy import load_file, save_file
 from tensor_files import tensors_in
@@ -107,6 +108,17 @@ def test_a_checkpoint_that_training_saved_is_exported(tmp_path, small_pieces):
   maxllama4.save_model(tiny_model(STACKED), tmp_path / "ours", format="maxllama4")
   run(tmp_path / "ours" / "checkpoints" / "0", tmp_path / "hf", to="hf")
   assert same_models(tmp_path / "ours", tmp_path / "hf")
+
+
+def test_training_saves_each_layer_of_a_stack_by_itself(tmp_path):
+  """So that an export reads no more than one layer at a time."""
+  maxllama4.save_model(tiny_model(STACKED), tmp_path / "ours", format="maxllama4")
+  for path, shape in ModelTemplate(STACKED).shapes.items():
+    base = f"file://{tmp_path}/ours/checkpoints/0/model/"
+    store = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
+    array = tensorstore.open({"driver": "zarr", "kvstore": store}).result()
+    chunk = (1, *shape.shape[1:]) if path.startswith("decoder/cycles/") else shape.shape
+    assert array.chunk_layout.read_chunk.shape == chunk, path
 
 
 @pytest.mark.parametrize("to", ["hf", "maxllama4"])
@@ -314,6 +326,15 @@ def test_a_folder_that_holds_something_else_is_left_alone(folder):
   run(folder, out, to="maxllama4")  # an empty one is taken
   with pytest.raises(ConfigError, match="already holds something"):
     run(folder, out, to="hf")
+
+
+def test_a_folder_that_only_looks_like_our_work_is_left_alone(folder):
+  partial = folder.parent / "out.partial"
+  partial.mkdir()
+  (partial / "thesis.txt").write_text("mine")
+  with pytest.raises(ConfigError, match="holds something else; move it away"):
+    run(folder, folder.parent / "out", to="hf")
+  assert (partial / "thesis.txt").read_text() == "mine"
 
 
 # The command
