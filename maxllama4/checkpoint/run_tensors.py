@@ -114,7 +114,7 @@ class RunWriter(TensorSink):
     (self._folder / "config.yml").write_text(section, encoding="utf-8")
     template = ModelTemplate(self._config)
     store = CheckpointStore(self._folder)
-    stand_ins = {path: jnp.zeros((), self._dtype(path, s)) for path, s in template.shapes.items()}
+    stand_ins = {path: jnp.zeros(1, self._dtype(path, s)) for path, s in template.shapes.items()}
     store.save(0, stand_ins, {"step": jnp.zeros((), jnp.int32)}, {})
     store.wait()
     store.close()
