@@ -1,6 +1,8 @@
 """The commands: parse, call, and one clear sentence when something is wrong."""
 
+import dataclasses
 import json
+import os
 import pathlib
 import sys
 import traceback
@@ -8,13 +10,24 @@ from collections.abc import Sequence
 
 import yaml
 
-from maxllama4.config import Config, ConfigError, config_to_dict, load_config, resolve_config
+from maxllama4.config import (
+  Config,
+  ConfigError,
+  config_from_section,
+  config_to_dict,
+  load_config,
+  parse_override,
+  resolve_config,
+)
 from maxllama4.settings import flatten
 
 USAGE = """usage: maxllama4 COMMAND [CONFIG.yml] [key=value ...] [--debug]
 
   train   CONFIG.yml [key=value ...]                        train, or go on from the newest checkpoint
   decode  [CONFIG.yml] checkpoint=PATH prompt=TEXT [...]    sample from a model
+  convert SOURCE DESTINATION to=hf|maxllama4 [dry_run=true]  from one format to another; what was stopped goes on
+  evaluate CHECKPOINT data.paths=[...] [key=value ...]      loss and bits per byte; without data, on what its run held out
+  compare A B prompt=TEXT                                   two checkpoints, layer by layer: where they first depart
   show    CONFIG.yml [key=value ...] [output=json]          the whole configuration, sizes and costs; needs no device
 
 Settings are dotted paths (training.steps=200), values are YAML. --debug shows the traceback of a failure.
@@ -58,6 +71,22 @@ def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
   return path, overrides
 
 
+def split_paths(words: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+  """The leading paths that `names` stand for, and the `key=value` words."""
+  paths, overrides = list(words[: len(names)]), list(words[len(names) :])
+  if len(paths) < len(names) or any("=" in path and not os.path.exists(path) for path in paths):
+    raise ConfigError(f"name {' and '.join(names)} first, then key=value settings.")
+  return paths, split_words(["", *overrides])[1]
+
+
+def split_output(overrides: Sequence[str]) -> tuple[str, list[str]]:
+  """What the last `output=` asks for, text by default, and the other words."""
+  output = [word.partition("=")[2] for word in overrides if word.startswith("output=")] or ["text"]
+  if output[-1] not in ("text", "json"):
+    raise ConfigError(f"output={output[-1]} is not one of text, json.")
+  return output[-1], [word for word in overrides if not word.startswith("output=")]
+
+
 def need_config(words: Sequence[str]) -> tuple[str, list[str]]:
   path, overrides = split_words(words)
   if path is None:
@@ -74,7 +103,7 @@ def train_command(words: Sequence[str]) -> None:
 
 
 def decode_command(words: Sequence[str]) -> None:
-  from maxllama4.checkpoint.folders import find_run, foreign_reader, load_model
+  from maxllama4.checkpoint.folders import load_model, open_source
   from maxllama4.data.tokenizer import load_tokenizer
   from maxllama4.decoding.request import answer, split_overrides
 
@@ -91,19 +120,66 @@ def decode_command(words: Sequence[str]) -> None:
   if config is not None and config.data.tokenizer:
     tokenizer = load_tokenizer(config.data.tokenizer)
   else:
-    tokenizer = load_tokenizer(folder if foreign_reader(folder) else find_run(folder)[0])
+    tokenizer = load_tokenizer(open_source(folder).folder)
   answer(model, tokenizer, request)
+
+
+def convert_command(words: Sequence[str]) -> None:
+  from maxllama4.checkpoint.convert import Conversion, convert, describe
+  from maxllama4.checkpoint.folders import open_source
+
+  (source, destination), overrides = split_paths(words, ("SOURCE", "DESTINATION"))
+  asked = config_from_section(Conversion, dict(map(parse_override, overrides)), "")
+  if asked.dry_run:
+    describe(open_source(source), asked, sys.stdout)
+  else:
+    convert(open_source(source), pathlib.Path(destination), asked)
+
+
+def evaluate_command(words: Sequence[str]) -> None:
+  from maxllama4.training.evaluate import evaluate_checkpoint
+
+  (checkpoint,), overrides = split_paths(words, ("CHECKPOINT",))
+  output, overrides = split_output(overrides)
+  score = evaluate_checkpoint(checkpoint, overrides)
+  if output == "json":
+    print(json.dumps(dataclasses.asdict(score)))
+  else:
+    print(
+      f"loss {score.loss:.4f} nats a token, {score.bits_per_byte:.4f} bits per byte"
+      f" ({score.tokens:,} tokens, {score.bytes:,} bytes)"
+    )
+
+
+def compare_command(words: Sequence[str]) -> None:
+  from maxllama4.checkpoint.compare import CompareRequest, compare_models, print_comparison
+  from maxllama4.checkpoint.folders import load_model, open_source
+  from maxllama4.data.tokenizer import load_tokenizer
+
+  paths, overrides = split_paths(words, ("A", "B"))
+  values = dict(map(parse_override, (word for word in overrides if not word.startswith("prompt="))))
+  for word in overrides:
+    if word.startswith("prompt="):
+      values["prompt"] = word.partition("=")[2]  # as it stands, never YAML
+  request = config_from_section(CompareRequest, values, "")
+  tokens = list(request.tokens)
+  if request.prompt is not None:
+    tokenizer = load_tokenizer(request.tokenizer or open_source(paths[0]).folder)
+    tokens = [tokenizer.bos_token_id, *tokenizer.encode(request.prompt)]
+  models = [load_model(path) for path in paths]
+  comparison = compare_models(*models, tokens, request.tolerance)
+  if request.output == "json":
+    print(json.dumps(dataclasses.asdict(comparison)))
+  else:
+    print_comparison(comparison, request.tolerance)
 
 
 def show_command(words: Sequence[str]) -> None:
   path, overrides = need_config(words)
-  output = [word.partition("=")[2] for word in overrides if word.startswith("output=")]
-  overrides = [word for word in overrides if not word.startswith("output=")]
-  if output[-1:] not in ([], ["text"], ["json"]):
-    raise ConfigError(f"output={output[-1]} is not one of text, json.")
+  output, overrides = split_output(overrides)
   config, origins = resolve_config(path, overrides)
   description = describe(config, origins)
-  if output[-1:] == ["json"]:
+  if output == "json":
     print(json.dumps(description))
   else:
     print_description(description)
@@ -152,4 +228,11 @@ def _in_words(count: int) -> str:
   return f"{count / 1e9:,.2f}B" if count >= 1e9 else f"{count / 1e6:,.2f}M"
 
 
-COMMANDS = {"train": train_command, "decode": decode_command, "show": show_command}
+COMMANDS = {
+  "train": train_command,
+  "decode": decode_command,
+  "convert": convert_command,
+  "evaluate": evaluate_command,
+  "compare": compare_command,
+  "show": show_command,
+}

@@ -1,15 +1,20 @@
 """Whatever folder holds a model, to a model; and back."""
 
+import dataclasses
 import pathlib
-import types
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import yaml
 
-from maxllama4.checkpoint import hf, llama, meta
+from maxllama4.checkpoint.convert import FORMATS, Conversion, save
+from maxllama4.checkpoint.hf import HuggingFaceFolder, ModelTensors
+from maxllama4.checkpoint.llama import LlamaFolder
+from maxllama4.checkpoint.meta import PARAMS, MetaFolder
+from maxllama4.checkpoint.run_tensors import RunTensors
+from maxllama4.checkpoint.safetensors_files import read_json
 from maxllama4.checkpoint.store import CHECKPOINTS, CheckpointStore
+from maxllama4.checkpoint.tensors import TensorSource
 from maxllama4.config import (
   ConfigError,
   MeshConfig,
@@ -19,39 +24,38 @@ from maxllama4.config import (
   read_yaml,
 )
 from maxllama4.model.llama4 import Llama4ForCausalLM
-from maxllama4.model.weights import Arrays, ModelTemplate, arrays_of
+from maxllama4.model.weights import ModelTemplate, arrays_of
 from maxllama4.sharding import MeshContext
 
-FORMATS = ("hf", "maxllama4")
+
+def open_source(path: str | pathlib.Path) -> TensorSource:
+  """The tensors in `path`: a run directory, one of its checkpoints, or a folder of Hugging Face's or Meta's.
+
+  Raises: ConfigError when there is no model, or none that we support.
+  """
+  path = pathlib.Path(path)
+  if (path / "config.json").exists():
+    is_llama = read_json(path / "config.json").get("model_type") == "llama"
+    return LlamaFolder(path) if is_llama else HuggingFaceFolder(path)
+  if (path / PARAMS).exists():
+    return MetaFolder(path)
+  run_dir, step = find_run(path)
+  return RunTensors(run_dir, step, read_run_config(run_dir, None))
 
 
 def load_model(
   path: str | pathlib.Path, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
 ) -> Llama4ForCausalLM:
-  """The model in `path`: a run directory, one of its checkpoints, or a folder of Hugging Face's or Meta's.
+  """The model in `path`, whatever `open_source` knows.
 
   It computes in `dtype`; weights keep the dtype they are stored in. With a `mesh` they are laid over it by the default
-  rules. Raises: ConfigError when there is no model, or not the one that its configuration describes.
+  rules, each device's part read by itself. Raises: ConfigError when there is no model, or not the one that its
+  configuration describes.
   """
-  path = pathlib.Path(path)
-  context = None if mesh is None else MeshContext(mesh, MeshConfig())
-  reader = foreign_reader(path)
-  if reader is not None:
-    template = ModelTemplate(reader.read_config(path, dtype))
-    return template.model(_place(reader.read_arrays(path, template), template, context))
-  run_dir, step = find_run(path)
-  template = ModelTemplate(read_run_config(run_dir, dtype))
-  shapes = template.shapes
-  if context is not None:
-    shapes = {
-      name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=template.shardings(context)[name])
-      for name, s in shapes.items()
-    }
-  store = CheckpointStore(run_dir)
-  try:
-    return template.model(store.restore_model(step, shapes))
-  finally:
-    store.close()
+  source = open_source(path)
+  template = ModelTemplate(dataclasses.replace(source.config, dtype=dtype))
+  shardings = None if mesh is None else template.shardings(MeshContext(mesh, MeshConfig()))
+  return template.model(source.arrays(template, shardings))
 
 
 def save_model(model: Llama4ForCausalLM, path: str | pathlib.Path, format: str) -> None:
@@ -65,7 +69,7 @@ def save_model(model: Llama4ForCausalLM, path: str | pathlib.Path, format: str) 
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise ConfigError(f"{path} already holds something; give a new or empty folder.")
   if format == "hf":
-    hf.write_folder(path, model.config, arrays_of(model))
+    save(ModelTensors(model.config, arrays_of(model)), path, Conversion(to="hf"))
     return
   path.mkdir(parents=True, exist_ok=True)
   (path / "config.yml").write_text(
@@ -77,14 +81,6 @@ def save_model(model: Llama4ForCausalLM, path: str | pathlib.Path, format: str) 
   store.close()
 
 
-def foreign_reader(path: pathlib.Path) -> types.ModuleType | None:
-  """The module with `read_config` and `read_arrays` for the folder `path`; None where it is none that others wrote."""
-  if (path / "config.json").exists():
-    is_llama = hf.read_json(path / "config.json").get("model_type") == "llama"
-    return llama if is_llama else hf
-  return meta if (path / meta.PARAMS).exists() else None
-
-
 def find_run(path: pathlib.Path) -> tuple[pathlib.Path, int]:
   """The run directory that `path` is or lies in, and the step: the one that `path` names, else the newest."""
   if path.name.isdigit() and path.parent.name == CHECKPOINTS:
@@ -93,7 +89,7 @@ def find_run(path: pathlib.Path) -> tuple[pathlib.Path, int]:
     run_dir, wanted = path, None
   if not (run_dir / "config.yml").exists() or not (run_dir / CHECKPOINTS).is_dir():
     raise ConfigError(
-      f"checkpoint={path} holds no model: neither config.json (Hugging Face), {meta.PARAMS} (Meta), nor config.yml and"
+      f"checkpoint={path} holds no model: neither config.json (Hugging Face), {PARAMS} (Meta), nor config.yml and"
       f" {CHECKPOINTS}/ (a run directory); check the path."
     )
   store = CheckpointStore(run_dir)
@@ -109,17 +105,3 @@ def read_run_config(run_dir: pathlib.Path, dtype: str | None) -> ModelConfig:
   tree = read_yaml(run_dir / "config.yml")
   section = {**tree["model"], "dtype": dtype or tree["dtype"], "param_dtype": tree["param_dtype"]}
   return config_from_section(ModelConfig, section, f"{run_dir / 'config.yml'}: model.")
-
-
-def _place(arrays: Any, template: ModelTemplate, context: MeshContext | None) -> Arrays:
-  """Arrays on the device or the mesh; router biases, which no released file has, are zero."""
-  shardings = None if context is None else template.shardings(context)
-  placed = {
-    path: jax.device_put(array, None if shardings is None else shardings[path])
-    for path, array in arrays
-  }
-  for path, shape in template.shapes.items():
-    if path not in placed:
-      zeros = jnp.zeros(shape.shape, shape.dtype)
-      placed[path] = jax.device_put(zeros, None if shardings is None else shardings[path])
-  return placed

@@ -5,17 +5,23 @@ reshapes, so a round trip gives back every byte, in the dtype that the file had.
 """
 
 import dataclasses
-import json
-import os
 import pathlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
+import jax
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
+from maxllama4.checkpoint.safetensors_files import (
+  FileView,
+  SafetensorsWriter,
+  num_bytes,
+  read_header,
+  read_json,
+  write_json,
+)
+from maxllama4.checkpoint.tensors import Box, Tensor, TensorSink, TensorSource
 from maxllama4.config import (
   ConfigError,
   ModelConfig,
@@ -29,31 +35,6 @@ from maxllama4.rope_scaling import ROPE_TYPES
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-  """One tensor of a file and where it lives in the model.
-
-  `groups[i]` are the dims of our array that make up dim i of the file's tensor.
-  """
-
-  name: str
-  path: str
-  groups: tuple[tuple[int, ...], ...]
-  stack_index: int | None = None  # place along the leading axis of a stack of scanned layers
-
-  def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape in the file, given the shape of our (unstacked) array."""
-    return tuple(int(np.prod([shape[dim] for dim in group])) for group in self.groups)
-
-  def from_file(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    order = [dim for group in self.groups for dim in group]
-    return tensor.reshape([shape[dim] for dim in order]).transpose(np.argsort(order))
-
-  def to_file(self, array: np.ndarray) -> np.ndarray:
-    order = [dim for group in self.groups for dim in group]
-    return np.ascontiguousarray(array.transpose(order)).reshape(self.file_shape(array.shape))
 
 
 _SAME, _MATRIX, _TRANSPOSED = ((0,),), ((0,), (1,)), ((1,), (0,))
@@ -85,6 +66,13 @@ _MOE = (
 )
 
 
+# What the two fused tensors of experts are in quantised exports and older conversions, a matrix an expert:
+# name, path, places along [experts, D, gate or up, F] and [experts, F, D].
+_UNFUSED = (
+  ("gate_proj", "feed_forward/gate_up", (None, 0)),
+  ("up_proj", "feed_forward/gate_up", (None, 1)),
+  ("down_proj", "feed_forward/down", ()),
+)
 _HEAD_BIAS = ((0, 1),)
 _VISION = (
   ("patch_embedding.linear.weight", "patch_embedding/weight", _TRANSPOSED),
@@ -123,14 +111,32 @@ _VISION_LAYER = (
 )
 
 
-def tensor_table(config: ModelConfig) -> list[Tensor]:
-  """Every tensor of a checkpoint: the text model's, then the vision tower's."""
+def tensor_table(config: ModelConfig, unfused_experts: bool = False) -> list[Tensor]:
+  """Every tensor of a checkpoint: the text model's, then the vision tower's.
+
+  With `unfused_experts` each expert has matrices of its own, in the orientation of all others.
+  """
   prefix = "" if config.vision_config is None else "language_model."
   table = [Tensor(f"{prefix}model.embed_tokens.weight", "embed/weight", _MATRIX)]
   for i, kind in enumerate(config.layer_kinds):
     place, index = layer_place(config, i)
+    layer = f"{prefix}model.layers.{i}."
     for name, path, groups in (*_LAYER, *(_MOE if kind.is_moe else _DENSE)):
-      table.append(Tensor(f"{prefix}model.layers.{i}.{name}", f"{place}/{path}", groups, index))
+      if unfused_experts and ".experts." in name:
+        continue
+      table.append(Tensor(f"{layer}{name}", f"{place}/{path}", groups, index))
+    if unfused_experts and kind.is_moe:
+      table += [
+        Tensor(
+          f"{layer}feed_forward.experts.{expert}.{name}.weight",
+          f"{place}/{path}",
+          _TRANSPOSED,
+          index,
+          (expert, *within),
+        )
+        for expert in range(config.num_local_experts)
+        for name, path, within in _UNFUSED
+      ]
   table.append(Tensor(f"{prefix}model.norm.weight", "norm/weight", _SAME))
   if not config.tie_word_embeddings:
     table.append(Tensor(f"{prefix}lm_head.weight", "head/weight", _TRANSPOSED))
@@ -153,12 +159,6 @@ def _vision_tensors(config: ModelConfig) -> list[Tensor]:
 
 
 # Reading
-
-
-def read_config(folder: pathlib.Path, dtype: str) -> ModelConfig:
-  """The architecture in `folder`/config.json, to compute in `dtype`. Raises: ConfigError for what is not supported."""
-  raw = read_json(folder / "config.json")
-  return model_config_from_hf(raw, dtype, folder / "config.json")
 
 
 def model_config_from_hf(raw: dict[str, Any], dtype: str, source: pathlib.Path) -> ModelConfig:
@@ -276,71 +276,79 @@ def rope_scaling_from_hf(
   return section | {"rope_type": kind}
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except OSError as error:
-    raise ConfigError(f"{path} cannot be read ({error.strerror}); check the path.") from None
-  except ValueError as error:
-    raise ConfigError(f"{path} is not valid JSON ({error}).") from None
+class HuggingFaceFolder(TensorSource):
+  """A folder with config.json and safetensors: one file, or those that an index names.
 
-
-def read_arrays(
-  folder: pathlib.Path, template: ModelTemplate, table: list[Tensor] | None = None
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Each array of the model with its path, one at a time, in the dtype of the file.
-
-  `table` lists the tensors of another family's files; those that hold no weights of it are skipped, which is said.
-  Raises: ConfigError listing every tensor that is missing, unexpected or of another shape, before anything is read.
+  Raises: ConfigError for a configuration that is not supported, and for files that are missing or cut short.
   """
-  files = _files(folder)
-  table, shapes = table or tensor_table(template.config), template.shapes
-  handles = {name: safe_open(path, framework="numpy") for name, path in files.items()}
-  places = {tensor: name for name, handle in handles.items() for tensor in handle.keys()}  # noqa: SIM118
-  ignored = {name for name in places if _is_ignorable(name, template.config)}
-  if ignored:
-    warnings.warn(f"{folder}: skipped {', '.join(sorted(ignored))}.", stacklevel=2)
 
-  def unstacked(tensor: Tensor) -> tuple[int, ...]:
-    return shapes[tensor.path].shape[0 if tensor.stack_index is None else 1 :]
+  def __init__(self, folder: pathlib.Path):
+    self.folder, self.name = folder, str(folder)
+    config = self._read_config()
+    self.files = [folder / "config.json", *_files(folder)]
+    self._places = {
+      name: entry for file in self.files[1:] for name, entry in read_header(file).items()
+    }
+    self.tensors = {name: entry.shape for name, entry in self._places.items()}
+    embedding = self.tensors.get(tensor_table(config)[0].name)
+    dtype = config.param_dtype if embedding is None else str(embedding.dtype)
+    self.config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+    self._unfused = any(".experts.0." in name for name in self.tensors)
+    self.table = self._table()
 
-  problems = [
-    f"{name} is not part of the model"
-    for name in sorted(set(places) - ignored - {t.name for t in table})
-  ]
-  for tensor in table:
-    expected = tensor.file_shape(unstacked(tensor))
-    if tensor.name not in places:
-      problems.append(f"{tensor.name} {list(expected)} is missing")
-      continue
-    found = tuple(handles[places[tensor.name]].get_slice(tensor.name).get_shape())
-    if found != expected:
-      problems.append(f"{tensor.name} is {list(found)} where {list(expected)} was expected")
-  if problems:
-    raise ConfigError(
-      f"{folder} does not hold the model that its config.json describes: "
-      + "; ".join(problems)
-      + "."
+  def _read_config(self) -> ModelConfig:
+    path = self.folder / "config.json"
+    return model_config_from_hf(read_json(path), "float32", path)
+
+  def _table(self) -> list[Tensor]:
+    return tensor_table(self.config, unfused_experts=self._unfused)
+
+  def read(self, name: str) -> np.ndarray:
+    return self._places[name].open()
+
+  def view(self, tensor: Tensor, dims: tuple[int, ...]) -> FileView:
+    return FileView(self._places[tensor.name], dims)
+
+  def check_exportable(self) -> None:
+    if self._unfused:
+      raise ConfigError(
+        f"{self.folder} has a matrix an expert, which are fused on import alone; convert it to=maxllama4, and that to=hf."
+      )
+
+
+class ModelTensors(TensorSource):
+  """The tensors of a model in memory."""
+
+  def __init__(self, config: ModelConfig, arrays: Arrays):
+    self.config, self.table, self._arrays = config, tensor_table(config), arrays
+    self.name, self.files = "the model", []
+    self.tensors = {
+      t.name: jax.ShapeDtypeStruct(
+        t.file_shape(t.part_shape(arrays[t.path].shape)), arrays[t.path].dtype
+      )
+      for t in self.table
+    }
+
+  def read(self, name: str) -> np.ndarray:
+    tensor = next(tensor for tensor in self.table if tensor.name == name)
+    return tensor.to_file(np.asarray(self._arrays[tensor.path][tensor.index]))
+
+  def check_exportable(self) -> None:
+    warn_of_biases(v for path, v in self._arrays.items() if path.endswith("router/bias"))
+
+
+def warn_of_biases(biases: Iterable[Any]) -> None:
+  """Warns unless all are zero: the router's balancing biases, which a Hugging Face folder has no place for."""
+  if any(np.any(np.asarray(bias)) for bias in biases):
+    warnings.warn(
+      "The router's balancing bias is not zero and has no place in a Hugging Face checkpoint; the exported"
+      " model chooses experts without it.",
+      stacklevel=2,
     )
 
-  by_path: dict[str, list[Tensor]] = {}
-  for tensor in table:
-    by_path.setdefault(tensor.path, []).append(tensor)
-  for path, tensors in by_path.items():
-    arrays = [
-      t.from_file(handles[places[t.name]].get_tensor(t.name), unstacked(t)) for t in tensors
-    ]
-    yield path, arrays[0] if tensors[0].stack_index is None else np.stack(arrays)
 
-
-def _is_ignorable(name: str, config: ModelConfig) -> bool:
-  """Whether a tensor holds nothing that the model lacks: a table of frequencies, or a tied head written out."""
-  is_head = name.removeprefix("language_model.") == "lm_head.weight"
-  return name.endswith("rotary_emb.inv_freq") or (is_head and config.tie_word_embeddings)
-
-
-def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """The safetensors files of a folder, by name; those of its index when it has one."""
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The safetensors files of a folder; those of its index when it has one."""
   if (folder / INDEX).exists():
     names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
   else:
@@ -350,41 +358,72 @@ def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
       raise ConfigError(f"{folder / INDEX} names {name!r}, a file outside its folder; refuse it.")
     if not (folder / name).exists():
       raise ConfigError(f"{folder / name} is missing; copy the whole checkpoint folder.")
-  return {name: folder / name for name in names}
+  return [folder / name for name in names]
 
 
 # Writing
 
 
-def write_folder(folder: pathlib.Path, config: ModelConfig, arrays: Arrays) -> None:
-  """A folder that transformers loads: config.json and safetensors, in shards where it is large. Dtypes are kept."""
-  if any(
-    np.any(np.asarray(value)) for path, value in arrays.items() if path.endswith("router/bias")
+class HuggingFaceWriter(TensorSink):
+  """A folder that transformers loads: config.json, generation_config.json and safetensors, in shards where it is large."""
+
+  def __init__(
+    self, folder: pathlib.Path, config: ModelConfig, dtypes: dict[str, Any], shard_bytes: int
   ):
-    warnings.warn(
-      "The router's balancing bias is not zero and has no place in a Hugging Face checkpoint; the exported"
-      " model chooses experts without it.",
-      stacklevel=2,
-    )
-  folder.mkdir(parents=True, exist_ok=True)
-  shards, size = [{}], 0
-  for tensor in tensor_table(config):
-    value = arrays[tensor.path]
-    value = np.asarray(value if tensor.stack_index is None else value[tensor.stack_index])
-    if size + value.nbytes > SHARD_BYTES and shards[-1]:
-      shards, size = [*shards, {}], 0
-    shards[-1][tensor.name] = tensor.to_file(value)
-    size += value.nbytes
-  names = [SINGLE]
-  if len(shards) > 1:
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
-    total = sum(value.nbytes for shard in shards for value in shard.values())
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-  for name, shard in zip(names, shards):
-    save_file(shard, folder / name, metadata={"format": "pt"})
-  dtype = str(arrays["embed/weight"].dtype)
-  _write_json(folder / "config.json", config_to_hf(config, dtype))
+    """`dtypes` are those to write, by the path of the tensor's array."""
+    self._folder, self._config = folder, config
+    table, shapes = tensor_table(config), ModelTemplate(config).shapes
+    tensors = {
+      t.name: jax.ShapeDtypeStruct(t.file_shape(t.part_shape(shapes[t.path].shape)), dtypes[t.path])
+      for t in table
+    }
+    self._dtype = str(tensors[table[0].name].dtype)
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+      if shards[-1] and size + num_bytes(tensor) > shard_bytes:
+        shards, size = [*shards, {}], 0
+      shards[-1][name] = tensor
+      size += num_bytes(tensor)
+    names = [SINGLE]
+    if len(shards) > 1:
+      names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    self._shards = dict(zip(names, shards))
+    self._total = sum(map(num_bytes, tensors.values()))
+
+  def prepare(self) -> None:
+    if len(self._shards) > 1:
+      weight_map = {tensor: name for name, shard in self._shards.items() for tensor in shard}
+      index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+      write_json(self._folder / INDEX, index)
+    for name, shard in self._shards.items():
+      SafetensorsWriter.create(self._folder / name, shard)
+    config = self._config
+    write_json(self._folder / "config.json", config_to_hf(config, self._dtype))
+    if not (self._folder / "generation_config.json").exists():
+      ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+      generation = {name: getattr(config, name) for name in ids}
+      write_json(self._folder / "generation_config.json", generation)
+
+  def open(self) -> None:
+    self._writers = [SafetensorsWriter(self._folder / name) for name in self._shards]
+    writer_of = {name: writer for writer in self._writers for name in writer.names}
+    # By place in the model: a source may have names of its own.
+    self._targets = {
+      (t.path, t.stack_index): (writer_of[t.name], t.name) for t in tensor_table(self._config)
+    }
+
+  def write(self, tensor: Tensor, dims: tuple[int, ...], box: Box, piece: np.ndarray) -> None:
+    start = np.ravel_multi_index([part.start for part in box], dims)
+    writer, name = self._targets[tensor.path, tensor.stack_index]
+    writer.write(name, int(start), piece)
+
+  def sync(self) -> None:
+    for writer in self._writers:
+      writer.sync()
+
+  def close(self) -> None:
+    for writer in self._writers:
+      writer.close()
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -454,9 +493,3 @@ def _text_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     "layer_types": ["chunked_attention" if kind.uses_rope else "full_attention" for kind in kinds],
     "moe_layers": [i for i, kind in enumerate(kinds) if kind.is_moe],
   }
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-  os.replace(temporary, path)

@@ -7,13 +7,12 @@ reordered. Meta's own files of these models pair as Llama 4's; `meta.py` reads t
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator
-
-import numpy as np
+from typing import Any
 
 from maxllama4.checkpoint import hf
+from maxllama4.checkpoint.safetensors_files import read_json
+from maxllama4.checkpoint.tensors import Tensor
 from maxllama4.config import ModelConfig, config_from_section, require
-from maxllama4.model.weights import ModelTemplate
 
 # What transformers assumes where a config.json is silent.
 _DEFAULTS = {
@@ -46,10 +45,9 @@ _DENSE = {
 }
 
 
-def read_config(folder: pathlib.Path, dtype: str) -> ModelConfig:
-  """The architecture in `folder`/config.json, to compute in `dtype`. Raises: ConfigError for what is not supported."""
-  source = folder / "config.json"
-  raw = hf.read_json(source)
+def read_config(source: pathlib.Path) -> ModelConfig:
+  """The architecture in the config.json `source`. Raises: ConfigError for what is not supported."""
+  raw = read_json(source)
   for name, only in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
     require(
       raw.get(name, only) == only,
@@ -65,34 +63,27 @@ def read_config(folder: pathlib.Path, dtype: str) -> ModelConfig:
     "head_dim": raw.get("head_dim") or section["hidden_size"] // heads,
     "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
     "rope_scaling": hf.rope_scaling_from_hf(scaling, section | raw, source),
-    "dtype": dtype,
+    "dtype": "float32",
     "param_dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32",
   }
   return config_from_section(ModelConfig, _DENSE | section, f"{source}: ")
 
 
-def read_arrays(folder: pathlib.Path, template: ModelTemplate) -> Iterator[tuple[str, np.ndarray]]:
-  """As `hf.read_arrays`, of the tensors of a `LlamaForCausalLM`."""
-  return hf.read_arrays(folder, template, tensor_table(template.config))
+class LlamaFolder(hf.HuggingFaceFolder):
+  """The tensors of a `LlamaForCausalLM`, of which queries and keys are turned into Llama 4's order as they are read."""
 
+  def _read_config(self) -> ModelConfig:
+    return read_config(self.folder / "config.json")
 
-@dataclasses.dataclass(frozen=True)
-class HalfSplitTensor(hf.Tensor):
-  """Queries or keys of which the file has elements 0, 2, 4, ... of a head before 1, 3, 5, ..."""
+  def _table(self) -> list[Tensor]:
+    return [
+      dataclasses.replace(tensor, name=tensor.name.replace(".feed_forward.", ".mlp."))
+      for tensor in hf.tensor_table(self.config)
+    ]
 
-  def from_file(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    halves = super().from_file(tensor, shape)  # D N H
-    *outer, size = shape
-    return halves.reshape(*outer, 2, size // 2).swapaxes(-1, -2).reshape(shape)
-
-
-def tensor_table(config: ModelConfig) -> list[hf.Tensor]:
-  """Every tensor of a checkpoint."""
-
-  def renamed(tensor: hf.Tensor) -> hf.Tensor:
-    is_turned = tensor.path.endswith(("attention/query", "attention/key"))
-    kind = HalfSplitTensor if is_turned else hf.Tensor
-    name = tensor.name.replace(".feed_forward.", ".mlp.")
-    return kind(name, tensor.path, tensor.groups, tensor.stack_index)
-
-  return [renamed(tensor) for tensor in hf.tensor_table(config)]
+  def view(self, tensor: Tensor, dims: tuple[int, ...]) -> Any:
+    if not tensor.path.endswith(("attention/query", "attention/key")):
+      return super().view(tensor, dims)
+    heads, size, dim = dims
+    halves = self.read(tensor.name).reshape(heads, 2, size // 2, dim)
+    return halves.swapaxes(1, 2).reshape(dims)

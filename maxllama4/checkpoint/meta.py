@@ -12,10 +12,13 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
-from maxllama4.checkpoint.hf import IMAGE_TOKENS, Tensor, read_json
+from maxllama4.checkpoint import hf
 from maxllama4.checkpoint.pth import StoredTensor, read_pth
+from maxllama4.checkpoint.safetensors_files import read_json
+from maxllama4.checkpoint.tensors import Tensor, TensorSource
 from maxllama4.config import DTYPES, ConfigError, ModelConfig, config_from_section, require
 from maxllama4.model.weights import ModelTemplate, layer_place
 
@@ -173,7 +176,7 @@ def tensor_table(config: ModelConfig, shard: dict[str, StoredTensor]) -> dict[st
     found = [s for s in spellings if any(f"{prefix}{name}" in shard for name in s)]
     for name, parts in (found or spellings)[0].items():
       name = f"{prefix}{name}"
-      table[name] = [Part(name, f"{place}{p[0]}", p[1], index, *p[2:]) for p in parts]
+      table[name] = [Part(name, f"{place}{p[0]}", p[1], index, (), *p[2:]) for p in parts]
 
   # Llama 1 and 2 cut the embedding across its width, later models across the vocabulary.
   embedding = shard.get("tok_embeddings.weight")
@@ -195,12 +198,44 @@ def tensor_table(config: ModelConfig, shard: dict[str, StoredTensor]) -> dict[st
 # Tensors
 
 
-def read_arrays(folder: pathlib.Path, template: ModelTemplate) -> Iterator[tuple[str, np.ndarray]]:
-  """Each array of the model with its path, one at a time, in the dtype of the files.
+class MetaFolder(TensorSource):
+  """The tensors of a folder, put together from its shards, under Hugging Face's names.
 
   Raises: ConfigError listing every tensor that is missing, unexpected or of another shape, before anything is read.
   """
-  shards = _read_shards(folder)
+
+  def __init__(self, folder: pathlib.Path):
+    self.folder, self.name = folder, str(folder)
+    shards = _read_shards(folder)
+    self.files = [folder / PARAMS, *(folder / name for name in shards)]
+    config = read_config(folder, shards)
+    template = ModelTemplate(config)
+    self._pieces = _pieces(folder, shards, template)
+    self.table = hf.tensor_table(config)
+    self.tensors = {}
+    for tensor in self.table:
+      shape = tensor.file_shape(tensor.part_shape(template.shapes[tensor.path].shape))
+      self.tensors[tensor.name] = jax.ShapeDtypeStruct(shape, self._dtype(tensor))
+    dtype = str(self.tensors[self.table[0].name].dtype)
+    self.config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+    self._shapes = template.shapes
+
+  def _dtype(self, tensor: Tensor) -> np.dtype:
+    pieces = self._pieces[tensor.path, tensor.stack_index]
+    return np.result_type(*(stored[0].dtype for _, _, stored in pieces))
+
+  def read(self, name: str) -> np.ndarray:
+    tensor = next(tensor for tensor in self.table if tensor.name == name)
+    part = np.empty(tensor.part_shape(self._shapes[tensor.path].shape), self._dtype(tensor))
+    for piece in self._pieces[tensor.path, tensor.stack_index]:
+      _fill(part, *piece)
+    return tensor.to_file(part)
+
+
+def _pieces(
+  folder: pathlib.Path, shards: Shards, template: ModelTemplate
+) -> dict[tuple[str, int | None], list[tuple[Part, int, list[StoredTensor]]]]:
+  """By path and place in the stack: what makes up the array, the row where it starts, and the tensors of all shards."""
   first, *_ = shards.values()
   table = tensor_table(template.config, first)
   ignored = {name for shard in shards.values() for name in shard if _IGNORABLE.search(name)}
@@ -216,18 +251,13 @@ def read_arrays(folder: pathlib.Path, template: ModelTemplate) -> Iterator[tuple
     raise ConfigError(
       f"{folder} does not hold the model that its {PARAMS} describes: {'; '.join(problems)}."
     )
-  pieces: dict[str, list[tuple[Part, int, list[StoredTensor]]]] = {}
+  pieces: dict[tuple[str, int | None], list[tuple[Part, int, list[StoredTensor]]]] = {}
   for name, parts in table.items():
     row, tensors = 0, [shard[name] for shard in shards.values()]
     for part in parts:
-      pieces.setdefault(part.path, []).append((part, row, tensors))
+      pieces.setdefault((part.path, part.stack_index), []).append((part, row, tensors))
       row += part.shard_shape(template, len(shards))[0]
-  for path, parts_of_path in pieces.items():
-    dtype = np.result_type(*(tensors[0].dtype for _, _, tensors in parts_of_path))
-    array = np.empty(template.shapes[path].shape, dtype)
-    for part, row, tensors in parts_of_path:
-      _fill(array, part, row, tensors)
-    yield path, array
+  return pieces
 
 
 def _problems(
@@ -251,9 +281,8 @@ def _problems(
       yield name, f"is of {tensor.dtype} where one of {', '.join(DTYPES)} was expected"
 
 
-def _fill(array: np.ndarray, part: Part, row: int, tensors: list[StoredTensor]) -> None:
-  """Copies into `array` what the shards `tensors` of one tensor have of `part`, from row `row` on."""
-  target = array if part.stack_index is None else array[part.stack_index]
+def _fill(target: np.ndarray, part: Part, row: int, tensors: list[StoredTensor]) -> None:
+  """Copies into `target`, one layer's array, what the shards `tensors` of a tensor have of `part`, from row `row` on."""
   target = target if part.half is None else target[:, :, part.half]
   blocks = [target] if part.split is None else np.split(target, len(tensors), part.split)
   for block, tensor in zip(blocks, tensors):
@@ -272,8 +301,8 @@ def _read_shards(folder: pathlib.Path) -> Shards:
 # Configuration
 
 
-def read_config(folder: pathlib.Path, dtype: str) -> ModelConfig:
-  """The architecture in `folder`/params.json, to compute in `dtype`; widths are those of the tensors.
+def read_config(folder: pathlib.Path, shards: Shards) -> ModelConfig:
+  """The architecture in `folder`/params.json; widths are those of the tensors.
 
   Raises: ConfigError for what is missing or not supported.
   """
@@ -282,7 +311,6 @@ def read_config(folder: pathlib.Path, dtype: str) -> ModelConfig:
   params = params.get("model", params)
   for name in ("dim", "n_layers", "n_heads"):
     require(isinstance(params.get(name), int), f"{source}: {name} is missing; it must be a number.")
-  shards = _read_shards(folder)
   moe = params.get("moe_args") or {}
   section = {
     "hidden_size": params["dim"],
@@ -306,12 +334,12 @@ def read_config(folder: pathlib.Path, dtype: str) -> ModelConfig:
     "tie_word_embeddings": False,
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     **_rope(params),
-    "dtype": dtype,
+    "dtype": "float32",
   }
   section |= _text_sizes(section, params, shards, source)
   if params.get("vision_args"):
     section["vision_config"] = _vision_section(params["vision_args"], shards, source)
-    section |= {name: params.get(name, default) for name, default in IMAGE_TOKENS.items()}
+    section |= {name: params.get(name, default) for name, default in hf.IMAGE_TOKENS.items()}
   return config_from_section(ModelConfig, section, f"{source}: ")
 
 

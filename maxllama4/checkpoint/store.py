@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from maxllama4.config import CheckpointConfig
+from maxllama4.model.weights import Arrays, is_stacked
 
 CHECKPOINTS = "checkpoints"
 
@@ -34,12 +35,15 @@ class CheckpointStore:
     """Steps that have a whole checkpoint, oldest first."""
     return sorted(self._manager.all_steps())
 
-  def save(self, step: int, model: Any, rest: Any, position: dict[str, Any]) -> None:
-    """Copies the state off the device, then writes it in the background."""
+  def save(self, step: int, model: Arrays, rest: Any, position: dict[str, Any]) -> None:
+    """Copies the state off the device, then writes it in the background; each layer of a stack by itself."""
+    layer_by_layer = {
+      path: ocp.SaveArgs(shard_axes=(0,) if is_stacked(path) else ()) for path in model
+    }
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        model=ocp.args.StandardSave(model),
+        model=ocp.args.StandardSave(model, layer_by_layer),
         rest=ocp.args.StandardSave(rest),
         position=ocp.args.JsonSave(position),
       ),

@@ -165,9 +165,14 @@ class EvalSet:
 
 
 def make_eval_batches(
-  config: Config, tokenizer: Tokenizer | None, *, process_index: int = 0, process_count: int = 1
+  config: Config,
+  tokenizer: Tokenizer | None,
+  *,
+  split: str = "held_out",
+  process_index: int = 0,
+  process_count: int = 1,
 ) -> EvalSet:
-  """The held-out documents in order, packed once into batches of training.batch_size rows over all hosts.
+  """The held-out documents (or those of another `split`) in order, packed once into batches of training.batch_size rows over all hosts.
 
   Rows that the last batch lacks are padding (segment 0, weight 0). With `training.eval_batches` > 0 only that many
   batches are made, and `num_bytes` is that of their targets: the sum of what each counted target stands for, exact also
@@ -181,7 +186,7 @@ def make_eval_batches(
       "data.source=synthetic holds no documents to evaluate on; set another data.source."
     )
   _check_vocabulary(config, tokenizer)
-  documents = open_documents(config.data, "held_out")
+  documents = open_documents(config.data, split)
   training = config.training
   packer = RowPacker(
     lambda index: encode_document(tokenizer, documents[index]),

@@ -24,7 +24,7 @@ from maxllama4.config import ConfigError, DataConfig
 JSON_LINES_SUFFIXES = (".jsonl", ".json")  # one object a line; every other file is one document
 FOLDER_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # what is read of a whole folder
 STDLIB = "stdlib:"
-SPLITS = ("train", "held_out")
+SPLITS = ("train", "held_out", "all")
 
 
 class DataError(RuntimeError):
@@ -55,7 +55,7 @@ class DocumentSource(Protocol):
 
 
 def open_documents(data: DataConfig, split: str) -> Split:
-  """The `train` or `held_out` documents that `data` names; their files are listed and JSONL lines located now.
+  """The `train` or `held_out` documents that `data` names, or `all`; their files are listed and JSONL lines located now.
 
   Raises: ConfigError when `data` names no files, or none is left for `split`; DataError when a file cannot be read.
   """
@@ -78,15 +78,15 @@ def is_held_out(name: str, held_out_fraction: float) -> bool:
 
 
 class Split:
-  """The documents of `source` on one side of the held-out line, in the source's order."""
+  """The documents of `source` on one side of the held-out line, or on both, in the source's order."""
 
   def __init__(self, source: DocumentSource, split: str, held_out_fraction: float):
     if split not in SPLITS:
       raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}.")
-    wanted = split == "held_out"
+    wanted = {"train": (False,), "held_out": (True,), "all": (False, True)}[split]
     self.source = source
     self._indices = np.array(
-      [i for i in range(len(source)) if is_held_out(source.name(i), held_out_fraction) == wanted],
+      [i for i in range(len(source)) if is_held_out(source.name(i), held_out_fraction) in wanted],
       np.int64,
     )
 

@@ -25,6 +25,11 @@ def layer_place(config: ModelConfig, layer: int) -> tuple[str, int | None]:
   return f"decoder/rest/layers/{layer - scanned}", None
 
 
+def is_stacked(path: str) -> bool:
+  """Whether the array at `path` holds the weights of several layers, along its first axis."""
+  return path.startswith(("decoder/cycles/", "vision/encoder/layers/"))
+
+
 class ModelTemplate:
   """The structure of a `Llama4ForCausalLM` of `config`; holds no weights and touches no device.
 

@@ -1,6 +1,5 @@
 """A run from its configuration: batch, step, log, evaluate, checkpoint."""
 
-import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +16,11 @@ from maxllama4.mesh import build_mesh
 from maxllama4.model.llama4 import count_parameters, train_flops_per_token
 from maxllama4.model.weights import ModelTemplate
 from maxllama4.sharding import MeshContext, use_mesh
+from maxllama4.training.evaluate import Evaluation, place_batch
 from maxllama4.training.metrics import MetricsWriter, Progress, Stopwatch, peak_flops, to_plain
 from maxllama4.training.optimizer import learning_rate_schedule, make_optimizer
 from maxllama4.training.state import TrainState, abstract_state, init_state
-from maxllama4.training.step import make_eval_step, make_train_step
+from maxllama4.training.step import make_train_step
 
 
 def train(config: Config) -> None:
@@ -53,7 +53,10 @@ class Run:
     self._uncounted: list[jax.Array] = []
     hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     self.loader = make_loader(config, tokenizer, **hosts)
-    self.evaluate = self._evaluation(tokenizer, hosts) if config.training.eval_every else None
+    self.evaluate = None
+    if config.training.eval_every:
+      held_out = make_eval_batches(config, tokenizer, **hosts)
+      self.evaluate = Evaluation(config, self.template, context, held_out)
 
   def resume(self) -> None:
     """Restores the newest checkpoint, or starts afresh."""
@@ -124,14 +127,9 @@ class Run:
     return self.context.mesh.devices.flat[0].device_kind
 
   def _batches(self) -> Iterator[dict[str, jax.Array]]:
-    for batch in self.loader:
-      yield self._place(batch)
-
-  def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     sharding = self.context.sharding(("batch", "length"))
-    return {
-      name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
-    }
+    for batch in self.loader:
+      yield place_batch(batch, sharding)
 
   def _count(self, metrics: dict[str, jax.Array]) -> None:
     """Keeps a step's token count on the device until somebody asks, so that steps need not wait."""
@@ -163,28 +161,11 @@ class Run:
   def _evaluate(self, step: int) -> dict[str, float]:
     jax.block_until_ready(self.state)  # steps still under way are training's time
     with self.stopwatch.pause():
-      values = self.evaluate(self.state.model)
+      score = self.evaluate(self.state.model)
     self.progress.say(
-      f"step {step}: held-out loss {values['eval/loss']:.4f}, {values['eval/bits_per_byte']:.4f} bits per byte"
+      f"step {step}: held-out loss {score.loss:.4f}, {score.bits_per_byte:.4f} bits per byte"
     )
-    return values
-
-  def _evaluation(self, tokenizer: Any, hosts: dict[str, int]) -> Callable[[Any], dict[str, float]]:
-    """A function from the model's arrays to loss (nats a token) and bits per byte on the held-out rows."""
-    held_out = make_eval_batches(self.config, tokenizer, **hosts)
-    step = jax.jit(
-      make_eval_step(self.config, self.template), out_shardings=self.context.sharding(())
-    )
-
-    def evaluate(model) -> dict[str, float]:
-      sums = [to_plain(step(model, self._place(batch))) for batch in held_out.batches]
-      nats, weight = (math.fsum(s[name] for s in sums) for name in ("nats", "weight"))
-      return {
-        "eval/loss": nats / weight,
-        "eval/bits_per_byte": nats / math.log(2) / held_out.num_bytes,
-      }
-
-    return evaluate
+    return {"eval/loss": score.loss, "eval/bits_per_byte": score.bits_per_byte}
 
   def _save(self, step: int) -> None:
     rest = {"step": self.state.step, "optimizer": self.state.optimizer}

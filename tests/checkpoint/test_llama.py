@@ -104,7 +104,7 @@ def test_a_silent_config_means_what_transformers_assumes(tmp_path):
   write(tmp_path)
   silent = {name: RAW[name] for name in ("model_type", "hidden_size", "num_attention_heads")}
   (tmp_path / "config.json").write_text(json.dumps(silent))
-  config = read_config(tmp_path, "float32")
+  config = read_config(tmp_path / "config.json")
   assert (config.num_key_value_heads, config.head_dim) == (4, 4)
   assert (config.rope_theta, config.rms_norm_eps, config.max_position_embeddings) == (
     10000,

@@ -76,11 +76,12 @@ def test_reading_touches_the_tensors_of_one_array_at_a_time(tmp_path, monkeypatc
   write_meta_folder(tmp_path, TEXT, tiny_arrays(TEXT), num_shards=2)
   mapped, memmap = [], np.memmap
   monkeypatch.setattr(np, "memmap", lambda *a: mapped.append(a) or memmap(*a))
-  arrays = meta.read_arrays(tmp_path, ModelTemplate(meta.read_config(tmp_path, "float32")))
+  source = meta.MetaFolder(tmp_path)
   assert mapped == []
-  path, _ = next(arrays)
-  assert path == "embed/weight" and len(mapped) == 2
-  assert next(arrays)[0].startswith("decoder/cycles/layers/0/") and len(mapped) == 2 + 2  # a norm
+  source.read("model.embed_tokens.weight")
+  assert len(mapped) == 2
+  source.read("model.layers.2.input_layernorm.weight")
+  assert len(mapped) == 2 + 1  # every shard has all of a norm
 
 
 # Mistakes
@@ -181,7 +182,7 @@ def read_config(folder, config=TEXT, without=(), **changes):
   params = meta_params(config) | changes
   params = {name: value for name, value in params.items() if name not in without}
   write_meta_folder(folder, config, tiny_arrays(config), params={"model": params})
-  return meta.read_config(folder, "float32")
+  return meta.MetaFolder(folder).config
 
 
 def test_a_silent_llama4_file_means_what_metas_code_assumes(tmp_path):
@@ -251,6 +252,6 @@ def test_files_of_earlier_models_load_as_dense_ones(tmp_path, num_shards, across
 def test_the_scaling_of_llama_31_is_that_of_metas_code(tmp_path):
   params = LLAMA_PARAMS | {"use_scaled_rope": True, "rope_theta": 500000.0}
   write_meta_folder(tmp_path, LLAMA, tiny_arrays(LLAMA), released=False, params=params)
-  scaling = meta.read_config(tmp_path, "float32").rope_scaling
+  scaling = meta.MetaFolder(tmp_path).config.rope_scaling
   assert (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor) == (8, 1, 4)
   json.dumps(dataclasses.asdict(scaling))  # plain values

@@ -1,0 +1,40 @@
+"""A golden checkpoint, imported and exported again, gives the reference's logits in transformers. Needs the extra `parity`."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
+
+import numpy as np
+import pytest
+from golden import LOGITS, golden_case
+
+from maxllama4 import cli
+
+reason = "needs torch and transformers: pip install -e '.[parity]'"
+torch = pytest.importorskip("torch", reason=reason)
+transformers = pytest.importorskip("transformers", reason=reason)
+
+
+@pytest.mark.parametrize(
+  ("name", "kind"),
+  [
+    ("p01_scout_gqa5", "Llama4ForCausalLM"),
+    ("p02_maverick", "Llama4ForCausalLM"),
+    ("p06_vlm", "Llama4ForConditionalGeneration"),
+  ],
+)
+def test_transformers_gives_the_golden_logits_for_what_we_exported(name, kind, tmp_path):
+  case = golden_case(name)
+  ours, exported = str(tmp_path / "ours"), str(tmp_path / "hf")
+  assert cli.main(["convert", str(case.folder), ours, "to=maxllama4"]) == 0
+  assert cli.main(["convert", ours, exported, "to=hf", "shard_bytes=300000"]) == 0
+  model, report = getattr(transformers, kind).from_pretrained(
+    exported, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+  )
+  assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+  inputs = {"input_ids": torch.tensor(case.arrays["input_ids"], dtype=torch.long)}
+  if "pixel_values" in case.arrays:
+    inputs["pixel_values"] = torch.tensor(case.arrays["pixel_values"])
+  with torch.no_grad():
+    logits = model.eval()(**inputs, use_cache=False).logits.numpy()
+  np.testing.assert_allclose(logits, case.arrays["logits"], atol=LOGITS, rtol=0)
