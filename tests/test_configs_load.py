@@ -118,7 +118,10 @@ def documented():
 
 def settings_by_user_path():
   """Settings by the path that a user writes: dtypes stand at the top; sections are none, unless they can be null."""
-  sections = {path.rpartition(".")[0] for path in SETTINGS} - {"model.rope_scaling", "model.vision_config"}
+  sections = {path.rpartition(".")[0] for path in SETTINGS} - {
+    "model.rope_scaling",
+    "model.vision_config",
+  }
   return {re.sub(r"^model\.(dtype|param_dtype)$", r"\1", path) for path in {*SETTINGS} - sections}
 
 

@@ -29,7 +29,7 @@ class DecodeRequest:
   prompt: str | None = None
   prompts_file: str | None = None  # one JSON object a line, {"prompt": ...} or {"messages": [...]}
   chat: bool = False  # a dialog: each line of standard input is a message to answer
-  images: tuple[str, ...] = ()  # files of pictures that stand before the prompt, or the first message
+  images: tuple[str, ...] = ()  # files of pictures before the prompt or first message
   max_new_tokens: int = 128
   temperature: float = 0.8
   top_k: int = 0
@@ -125,7 +125,9 @@ def encode_prompt(
   if not chat.images:
     return chat.ids, None
   if vision is None:
-    raise ConfigError("the prompt holds images, but this model has no vision tower; leave them out.")
+    raise ConfigError(
+      "the prompt holds images, but this model has no vision tower; leave them out."
+    )
   if not all("image" in part for part in chat.images):
     raise ConfigError('a message has an image of which only the size is known; give its "image".')
   return chat.ids, stack_images([part["image"] for part in chat.images], vision.image_size)[0]

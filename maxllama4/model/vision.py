@@ -198,7 +198,8 @@ class Llama4VisionModel(nnx.Module):
 
   def __call__(self, pixels: Float[Array, "B C S S"], remat: str = "none") -> Float[Array, "B t d"]:
     x = self.patch_embedding(pixels.astype(self.dtype))
-    class_token = jnp.broadcast_to(self.class_embedding.astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+    class_token = self.class_embedding.astype(x.dtype)
+    class_token = jnp.broadcast_to(class_token, (x.shape[0], 1, x.shape[2]))
     x = jnp.concatenate([x, class_token], axis=1) + self.positional_embedding.astype(x.dtype)
     x = self.post_norm(self.encoder(self.pre_norm(x), remat))
     return self.adapter(x[:, :-1])

@@ -238,5 +238,7 @@ def test_frozen_parts_stay_and_have_no_moments():
   state, _ = step(TrainState(jnp.zeros((), jnp.int32), arrays, moments), packed_batch(8, 10))
   moved = {path for path in arrays if np.any(state.model[path] != arrays[path])}
   assert moved == template.trainable
-  with pytest.raises(ConfigError, match=r"training.frozen=visions is no part .*decoder, embed, head"):
+  with pytest.raises(
+    ConfigError, match=r"training.frozen=visions is no part .*decoder, embed, head"
+  ):
     ModelTemplate(config.model, ("visions",))
