@@ -62,7 +62,7 @@ def test_a_users_mistake_ends_decode_py_with_code_2_and_one_line(tmp_path):
 @pytest.mark.parametrize(
   ("words", "reason"),
   [
-    (["fly"], "'fly' is not a command; the commands are train, decode, show"),
+    (["fly"], "'fly' is not a command; the commands are train, decode, convert, evaluate, compare, show"),
     (["train"], "name a configuration file first"),
     (["train", "training.steps=3"], "name a configuration file first"),
     (["train", QUICKSTART, "fast"], "'fast' is not key=value"),
@@ -208,7 +208,7 @@ def test_a_prompt_is_taken_as_it_stands(text):
     ("output=yaml", "output=yaml is not one of text, json"),
     ("logprobs=maybe", "logprobs='maybe' must be true or false"),
     ("stop=[1]", "stop[0]=1 must be text"),
-    ("prompts_file=x", "either prompt=TEXT or prompts_file=PATH"),
+    ("prompts_file=x", "give one of prompt=TEXT, prompts_file=PATH and chat=true"),
   ],
 )
 def test_a_wrong_request_is_told_what_to_change(word, reason):
@@ -224,7 +224,7 @@ def test_what_cannot_be_streamed_is_refused(word):
 
 
 def test_a_request_needs_a_prompt():
-  with pytest.raises(ConfigError, match="either prompt=TEXT or prompts_file=PATH"):
+  with pytest.raises(ConfigError, match="give one of prompt=TEXT, prompts_file=PATH and chat=true"):
     request("temperature=0")
 
 
