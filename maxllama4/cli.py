@@ -28,6 +28,7 @@ USAGE = """usage: maxllama4 COMMAND [CONFIG.yml] [key=value ...] [--debug]
   convert SOURCE DESTINATION to=hf|maxllama4 [dry_run=true]  from one format to another; what was stopped goes on
   evaluate CHECKPOINT data.paths=[...] [key=value ...]      loss and bits per byte; without data, on what its run held out
   compare A B prompt=TEXT                                   two checkpoints, layer by layer: where they first depart
+  replay  RUN/failures/step-N [key=value ...]               the step that stopped a run, again: numbers layer by layer
   show    CONFIG.yml [key=value ...] [output=json]          the whole configuration, sizes and costs; needs no device
 
 Settings are dotted paths (training.steps=200), values are YAML. --debug shows the traceback of a failure.
@@ -97,9 +98,22 @@ def need_config(words: Sequence[str]) -> tuple[str, list[str]]:
 def train_command(words: Sequence[str]) -> None:
   path, overrides = need_config(words)
   config = load_config(path, overrides)
-  from maxllama4.training.loop import train  # late: `show` and `--help` should not wait for it
+  from maxllama4.decoding.request import continuations
+  from maxllama4.training.loop import Extras, train  # late: `show` and `--help` should not wait
 
-  train(config)
+  train(config, Extras(sample=continuations))
+
+
+def replay_command(words: Sequence[str]) -> None:
+  from maxllama4.training.failure import print_replay, replay
+
+  (folder,), overrides = split_paths(words, ("FAILURE",))
+  output, overrides = split_output(overrides)
+  found = replay(folder, overrides)
+  if output == "json":
+    print(json.dumps(found))
+  else:
+    print_replay(found)
 
 
 def decode_command(words: Sequence[str]) -> None:
@@ -235,4 +249,5 @@ COMMANDS = {
   "evaluate": evaluate_command,
   "compare": compare_command,
   "show": show_command,
+  "replay": replay_command,
 }

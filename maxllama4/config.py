@@ -375,12 +375,15 @@ class TrainingConfig:
   router_bias_update_rate: float = 0.0  # step of the aux-free balancing bias; 0: bias stays
   remat: str = "none"  # what a layer keeps for its backward pass; see model/decoder.py
   frozen: tuple[str, ...] = ()  # parts whose weights stay: vision, projector, embed, decoder, ...
+  skip_nonfinite: bool = False  # leave out steps with bad numbers; false: stop at the first
+  loss_spike_sigmas: float = 0.0  # a loss so many deviations above its mean is bad, too; 0: never
+  debug_statistics: bool = False  # log what activations and gradients look like, layer by layer
 
   def __post_init__(self):
     positive("training", self, "steps batch_size sequence_length gradient_accumulation")
     positive("training", self, "log_every loss_chunk")
     not_negative("training", self, "seed eval_every eval_batches z_loss load_balance_loss")
-    not_negative("training", self, "router_z_loss router_bias_update_rate")
+    not_negative("training", self, "router_z_loss router_bias_update_rate loss_spike_sigmas")
     one_of("training.remat", self.remat, REMAT_POLICIES)
     require(
       self.batch_size % self.gradient_accumulation == 0,
@@ -449,6 +452,37 @@ class DistributedConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportingConfig:
+  """What a run shows besides its metrics."""
+
+  report_every_seconds: float = 60.0  # between rewrites of report.html; 0: only at the end
+  sample_prompts: tuple[str, ...] = ()  # continued greedily at each evaluation
+  sample_tokens: int = 64  # new tokens of each
+  wandb_project: str | None = None  # a Weights & Biases project that gets the metrics, too
+
+  def __post_init__(self):
+    not_negative("reporting", self, "report_every_seconds")
+    positive("reporting", self, "sample_tokens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+  """What is recorded for a closer look; see docs/profiling.md."""
+
+  steps: tuple[int, ...] = ()  # first and last step of an XProf trace; empty: none
+  memory: bool = (
+    False  # a profile of device memory, after the last of those steps or the first of all
+  )
+
+  def __post_init__(self):
+    first_and_last = len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]
+    require(
+      not self.steps or first_and_last,
+      f"profile.steps={list(self.steps)} must be a first and a last step, such as [10, 13], or empty.",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """One reproducible run."""
 
@@ -459,6 +493,11 @@ class Config:
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
   distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+  reporting: ReportingConfig = dataclasses.field(default_factory=ReportingConfig)
+  profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
+  compilation_cache: str | None = (
+    "compiled"  # a folder, relative to run_dir; null: compile anew each time
+  )
   run_dir: str
 
   def __post_init__(self):

@@ -62,7 +62,10 @@ def test_a_users_mistake_ends_decode_py_with_code_2_and_one_line(tmp_path):
 @pytest.mark.parametrize(
   ("words", "reason"),
   [
-    (["fly"], "'fly' is not a command; the commands are train, decode, convert, evaluate, compare, show"),
+    (
+      ["fly"],
+      "'fly' is not a command; the commands are train, decode, convert, evaluate, compare, show",
+    ),
     (["train"], "name a configuration file first"),
     (["train", "training.steps=3"], "name a configuration file first"),
     (["train", QUICKSTART, "fast"], "'fast' is not key=value"),

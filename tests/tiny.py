@@ -10,6 +10,7 @@ from maxllama4.config import (
   MeshConfig,
   ModelConfig,
   OptimizerConfig,
+  ReportingConfig,
   TrainingConfig,
   VisionConfig,
 )
@@ -115,6 +116,7 @@ def tiny_run(
   data: DataConfig | None = None,
   optimizer: OptimizerConfig | None = None,
   checkpoint: CheckpointConfig | None = None,
+  reporting: ReportingConfig | None = None,
   run_dir: object = "unused",
   **training,
 ) -> Config:
@@ -127,6 +129,8 @@ def tiny_run(
     mesh=mesh or MeshConfig(),
     optimizer=optimizer or OptimizerConfig(),
     checkpoint=checkpoint or CheckpointConfig(),
+    reporting=reporting or ReportingConfig(),
+    compilation_cache=None,
     run_dir=str(run_dir),
   )
 

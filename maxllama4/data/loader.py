@@ -15,7 +15,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import grain
@@ -70,17 +70,21 @@ def make_loader(
   rows = _rows_of_host(config, process_index, process_count)
   if config.data.source == "synthetic":
     _check_no_evaluation(config)
-    documents, identity = _synthetic_documents(config), "synthetic"
+    documents, identity, name = _synthetic_documents(config), "synthetic", str
     pad_token_id = SYNTHETIC_PAD_TOKEN_ID
   else:
     _check_vocabulary(config, tokenizer)
     split = open_documents(config.data, "train")
     if config.data.excerpt_length:
       split = Excerpts(split, config.data.excerpt_length)
-    documents = _shuffled_documents(split, tokenizer, config.training.seed)
-    identity = _digest(split)
-    pad_token_id = tokenizer.pad_token_id
-  return TrainLoader(config, documents, rows, pad_token_id, identity)
+    order = grain.MapDataset.range(len(split)).seed(config.training.seed).shuffle().repeat()
+    documents = order.map(lambda index: encode_document(tokenizer, split[index]))
+    identity, pad_token_id = _digest(split), tokenizer.pad_token_id
+
+    def name(number: int) -> str:
+      return split.name(order[number])
+
+  return TrainLoader(config, documents, rows, pad_token_id, identity, name)
 
 
 class TrainLoader(Iterator[Batch]):
@@ -96,8 +100,10 @@ class TrainLoader(Iterator[Batch]):
     rows: range,
     pad_token_id: int,
     identity: str,
+    name: Callable[[int], str],
   ):
-    self._rows = rows
+    """`name` gives that of a document by its number in the order."""
+    self._rows, self._name = rows, name
     self._order = {
       "training.batch_size": config.training.batch_size,
       "training.seed": config.training.seed,
@@ -138,6 +144,22 @@ class TrainLoader(Iterator[Batch]):
         " (merge_states)."
       )
     self._iterator.set_state({str(row): list(state["streams"][str(row)]) for row in self._rows})
+
+  def describe(self, batch: Batch, position: State) -> list[dict[str, Any]]:
+    """Where each piece of `batch` comes from: row, columns, document, and its first input's offset in the document's ids.
+
+    `position` is the loader's state before the batch.
+    """
+    pieces = []
+    for row, segments in zip(self._rows, batch["segment_ids"]):
+      number, offset = position["streams"][str(row)]
+      for segment in range(1, int(segments.max()) + 1):
+        columns = np.flatnonzero(segments == segment)
+        span = [int(columns[0]), int(columns[-1])]
+        name = self._name(row + number * self._order["training.batch_size"])
+        pieces.append({"row": row, "columns": span, "document": name, "offset": offset})
+        number, offset = number + 1, 0
+    return pieces
 
   def close(self) -> None:
     """Stops the thread; the loader is of no use afterwards."""
@@ -250,12 +272,6 @@ class _PackedRowsIterator(grain.DatasetIterator):
   def set_state(self, state: State) -> None:
     for row, packer in self._packers.items():
       packer.position = state[row]
-
-
-def _shuffled_documents(split: DocumentSource, tokenizer: Tokenizer, seed: int) -> grain.MapDataset:
-  """Ids of the documents, an endless sequence of epochs, each in its own order."""
-  documents = grain.MapDataset.source(split).seed(seed).shuffle().repeat()
-  return documents.map(lambda document: encode_document(tokenizer, document))
 
 
 def _synthetic_documents(config: Config) -> grain.MapDataset:

@@ -200,6 +200,15 @@ def answer(
   out.flush()
 
 
+def continuations(
+  model: Llama4ForCausalLM, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
+) -> list[str]:
+  """How `model` goes on from each of `prompts`, greedily: a training run's samples."""
+  ids = [[tokenizer.bos_token_id, *tokenizer.encode(prompt)] for prompt in prompts]
+  completions = generate(model, ids, max_new_tokens, stop_tokens=tokenizer.stop_token_ids)
+  return [tokenizer.decode(completion.tokens) for completion in completions]
+
+
 def cut_at_stop(
   completion: Completion, stops: Sequence[str], decode: Callable[[list[int]], str]
 ) -> Completion:

@@ -1,13 +1,16 @@
 """A run from its configuration: batch, step, log, evaluate, checkpoint."""
 
+import collections
+import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import yaml
+from jax.experimental.compilation_cache import compilation_cache
 
 from maxllama4.checkpoint.store import CheckpointStore, gather_json
 from maxllama4.config import Config, ConfigError, config_to_dict, read_yaml
@@ -17,40 +20,96 @@ from maxllama4.model.llama4 import count_parameters, train_flops_per_token
 from maxllama4.model.weights import ModelTemplate
 from maxllama4.sharding import MeshContext, use_mesh
 from maxllama4.training.evaluate import Evaluation, place_batch
-from maxllama4.training.metrics import MetricsWriter, Progress, Stopwatch, peak_flops, to_plain
+from maxllama4.training.failure import TrainingFailure, make_diagnosis, write_failure
+from maxllama4.training.health import FINE, REASONS
+from maxllama4.training.metrics import (
+  Clock,
+  Progress,
+  RunWriter,
+  check_wandb,
+  memory_peaks,
+  peak_flops,
+  to_plain,
+  versions,
+)
 from maxllama4.training.optimizer import learning_rate_schedule, make_optimizer
+from maxllama4.training.profiler import Profiler
+from maxllama4.training.signals import StopRequest
 from maxllama4.training.state import TrainState, abstract_state, init_state
 from maxllama4.training.step import make_train_step
 
+LOAD_MAPS = 100  # of experts by layer that metrics.jsonl holds, about, however long the run
 
-def train(config: Config) -> None:
-  """Trains to `training.steps`, from the newest checkpoint of `run_dir` if there is one."""
+
+@dataclasses.dataclass
+class StepTaken:
+  """A step that was handed to the device; the host looks at its numbers one step later."""
+
+  step: int
+  batch: dict[str, np.ndarray]  # this host's rows
+  position: dict[str, Any]  # of the data, before the batch
+  metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+  @property
+  def is_over(self) -> bool:
+    return self.metrics["loss"].is_ready()
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+  """What layers above the training hand in."""
+
+  report: Callable[[pathlib.Path], None] | None = None  # rewrites a run's report.html
+  sample: Callable[[Any, Any, Sequence[str], int], list[str]] | None = None
+  # of a model, a tokenizer, prompts and a number of tokens: their continuations
+
+
+def train(config: Config, extras: Extras | None = None) -> None:
+  """Trains to `training.steps`, from the newest checkpoint of `run_dir` if there is one.
+
+  SIGTERM and Ctrl-C stop it after the step (or evaluation) under way, with a checkpoint. Raises: TrainingFailure at a
+  step whose numbers are bad, unless `training.skip_nonfinite`.
+  """
   hosts = config.distributed
   if hosts.enabled:
     jax.distributed.initialize(hosts.coordinator_address, hosts.num_processes, hosts.process_id)
-  mesh = build_mesh(config)
-  run_dir = pathlib.Path(config.run_dir)
-  keep_config(config, run_dir)
+  check_wandb(config)
   progress = Progress(config.training.steps)
-  tokenizer = prepare_tokenizer(config, run_dir, process_index=jax.process_index())
-  with use_mesh(mesh, config.mesh) as context:
-    run = Run(config, context, tokenizer, progress)
-    run.resume()
-    run.loop()
-  progress.say(f"done: {run_dir}")
+  with StopRequest(progress.say) as stop:
+    mesh = build_mesh(config)
+    run_dir = pathlib.Path(config.run_dir)
+    keep_config(config, run_dir)
+    use_compilation_cache(config)
+    tokenizer = prepare_tokenizer(config, run_dir, process_index=jax.process_index())
+    with use_mesh(mesh, config.mesh) as context:
+      run = Run(config, context, tokenizer, progress, stop, extras or Extras())
+      run.resume()
+      run.loop()
+  progress.say(f"{'stopped' if run.stopped else 'done'}: {run_dir}")
 
 
 class Run:
   """Everything that a run needs around its `TrainState`."""
 
-  def __init__(self, config: Config, context: MeshContext, tokenizer: Any, progress: Progress):
+  def __init__(
+    self,
+    config: Config,
+    context: MeshContext,
+    tokenizer: Any,
+    progress: Progress,
+    stop: StopRequest,
+    extras: Extras,
+  ):
     self.config, self.context, self.progress = config, context, progress
+    self.tokenizer, self.stop, self.extras = tokenizer, stop, extras
+    self.clock = Clock()
+    self.stopped = False
     self.template = ModelTemplate(config.model, config.training.frozen)
     self.optimizer = make_optimizer(config.optimizer, config.training.steps, self.template)
     self.schedule = learning_rate_schedule(config.optimizer, config.training.steps)
     self.store = CheckpointStore(config.run_dir, config.checkpoint)
     self.tokens = 0  # counted targets up to the last time somebody asked
-    self._uncounted: list[jax.Array] = []
+    self._unchecked: collections.deque[StepTaken] = collections.deque()
     hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     self.loader = make_loader(config, tokenizer, **hosts)
     self.evaluate = None
@@ -60,16 +119,17 @@ class Run:
 
   def resume(self) -> None:
     """Restores the newest checkpoint, or starts afresh."""
-    if not self.store.steps:
+    self.resumed = bool(self.store.steps)
+    if not self.resumed:
       self.state = init_state(
         self.template, self.optimizer, self.config.training.seed, self.context
       )
       return
     step = self.store.steps[-1]
     shapes = abstract_state(self.template, self.optimizer, self.context)
-    rest = {"step": shapes.step, "optimizer": shapes.optimizer}
+    rest = {"step": shapes.step, "optimizer": shapes.optimizer, "health": shapes.health}
     model, rest, position = self.store.restore(step, shapes.model, rest)
-    self.state = TrainState(rest["step"], model, rest["optimizer"])
+    self.state = TrainState(model=model, **rest)
     self.tokens = position["tokens"]
     self.loader.set_state(position["loader"])
     self.progress.say(f"resumed from step {step} of {self.config.run_dir}")
@@ -82,24 +142,28 @@ class Run:
       self.progress.say(f"nothing to do: step {first} of training.steps={steps} is reached")
       return
     train_step = self._compile_step()
-    writer = MetricsWriter(pathlib.Path(self.config.run_dir), first_step=first)
-    batches = self._batches()
-    self.stopwatch = Stopwatch(first)
+    self.profiler = Profiler(self.config, first + 1)
+    self.writer = RunWriter(self.config, first_step=first, report=self.extras.report)
+    self.stop.defer()
     for step in range(first + 1, steps + 1):
-      self.state, metrics = train_step(self.state, next(batches))
-      self._count(metrics)
+      taken = self._next_batch(step)
+      self.profiler.before(step)
+      self.state, taken.metrics = train_step(self.state, self._place(taken.batch))
+      self.profiler.after(step, self.state)
+      self._check(taken, first)
+      last = step == steps or self.stop.at(step)
       values = {}
-      if is_due(step, training.log_every, steps):
-        values |= self._log(step, metrics)
-      if self.evaluate and is_due(step, training.eval_every, steps):
+      if step == steps or is_due(step, training.log_every):
+        values |= self._log(taken)
+      if self.evaluate and (step == steps or is_due(step, training.eval_every)):
         values |= self._evaluate(step)
       if values:
-        writer.write(step, values)
-      if is_due(step, self.config.checkpoint.every, steps):
+        self._write(step, values)
+      if last or is_due(step, self.config.checkpoint.every):
         self._save(step)
-    writer.close()
-    self.store.wait()
-    self.store.close()
+      if last:
+        break
+    self._finish(step, steps)
 
   def _compile_step(self) -> Callable:
     """The training step, compiled for this run's shapes before the first batch, and only once."""
@@ -115,10 +179,11 @@ class Run:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.context.sharding(())))
     compiled = compiled.lower(self.state, batch).compile()
+    self.compile_seconds = time.perf_counter() - start
     total, active = count_parameters(self.config.model)
     self.progress.say(
       f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active; {shape[0]} x {shape[1]} tokens a step"
-      f" on {self.context.mesh.size} x {self._device_kind}; compiled in {time.perf_counter() - start:.1f} s"
+      f" on {self.context.mesh.size} x {self._device_kind}; compiled in {self.compile_seconds:.1f} s"
     )
     return compiled
 
@@ -126,57 +191,153 @@ class Run:
   def _device_kind(self) -> str:
     return self.context.mesh.devices.flat[0].device_kind
 
-  def _batches(self) -> Iterator[dict[str, jax.Array]]:
-    sharding = self.context.sharding(("batch", "length"))
-    for batch in self.loader:
-      yield place_batch(batch, sharding)
+  def _next_batch(self, step: int) -> StepTaken:
+    """The batch of `step`, and where the data stood before it. Waiting counts as data's time if it starves the device."""
+    position = self.loader.get_state()
+    start = time.perf_counter()
+    batch = next(self.loader)
+    if not self._unchecked or self._unchecked[-1].is_over:
+      self.clock.add("data", time.perf_counter() - start)
+    return StepTaken(step, batch, position)
 
-  def _count(self, metrics: dict[str, jax.Array]) -> None:
-    """Keeps a step's token count on the device until somebody asks, so that steps need not wait."""
-    self._uncounted.append(metrics.pop("step_tokens"))
+  def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    return place_batch(batch, self.context.sharding(("batch", "length")))
 
-  def _tokens(self) -> int:
-    """Counted targets so far; waits for the last step."""
-    self.tokens += sum(int(count) for count in self._uncounted)
-    self._uncounted.clear()
-    return self.tokens
+  def _check(self, taken: StepTaken, first: int) -> None:
+    """Looks at the verdict on the step before `taken`, so that the device never waits for the host."""
+    self._unchecked.append(taken)
+    if taken.step == first + 1:
+      self._check_all()
+      self._say_started(taken.step)
+    elif len(self._unchecked) > 1:
+      self._check_first()
 
-  def _log(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, Any]:
+  def _check_all(self) -> None:
+    while self._unchecked:
+      self._check_first()
+
+  def _check_first(self) -> None:
+    """Counts the oldest unchecked step, or reports what was wrong with it. Raises: TrainingFailure when that halts."""
+    taken = self._unchecked.popleft()
+    verdict = int(taken.metrics["verdict"])
+    if bool(taken.metrics["halted"]):
+      self._fail(taken, REASONS[verdict])
+    self.tokens += int(taken.metrics["step_tokens"])
+    if verdict != FINE:
+      loss = float(taken.metrics["loss"])
+      self.writer.event("skipped", taken.step, reason=REASONS[verdict], loss=loss)
+      self.progress.say(f"step {taken.step}: {REASONS[verdict]} (loss {loss:.4g}); left out")
+
+  def _fail(self, taken: StepTaken, reason: str) -> None:
+    """Keeps the failed step, and a checkpoint of the state before it, from which the run goes on."""
+    step = taken.step
+    self.state = self.state.resumable()
+    diagnosis = make_diagnosis(self.config, self.template)
+    diagnosis = to_plain(diagnosis(self.state.model, self._place(taken.batch)))
+    documents = self.loader.describe(taken.batch, taken.position)
+    folder = write_failure(self.config, step, reason, taken.batch, documents, diagnosis)
+    if step - 1 not in self.store.steps:
+      self._save(step - 1, taken.position)
+    self.store.wait()
+    loss, norm = (float(taken.metrics[name]) for name in ("loss", "gradient_norm"))
+    sentence = (
+      f"step {step}: {reason} (loss {loss:.4g}, gradient norm {norm:.4g}). {folder} holds the batch, its documents and"
+      f" statistics by layer; `maxllama4 replay {folder}` runs it again. The run goes on from before it, with"
+      " training.skip_nonfinite=true without it."
+    )
+    self.writer.event("stopped", step, reason=f"failure: {reason}")
+    self.writer.close()
+    raise TrainingFailure(sentence)
+
+  def _log(self, taken: StepTaken) -> dict[str, Any]:
     """The step's metrics; seconds and rates are means since the last logged step."""
-    tokens = self._tokens()
-    seconds = self.stopwatch.read(step)
-    training = self.config.training
+    self._check_all()
+    step, training = taken.step, self.config.training
+    metrics = dict(taken.metrics)
+    for name in ("verdict", "halted", "step_tokens"):
+      del metrics[name]
+    if not is_due(
+      step, training.log_every * max(1, training.steps // training.log_every // LOAD_MAPS)
+    ):
+      metrics.pop("moe/load_by_layer", None)
+    seconds = self.clock.seconds_a_step(step)
     step_tokens = training.batch_size * training.sequence_length
     peak = peak_flops(self._device_kind)
     flops = step_tokens * train_flops_per_token(self.config.model, training.sequence_length)
     values = to_plain(metrics) | {
-      "tokens": tokens,
+      "tokens": self.tokens,
       "step_seconds": seconds,
       "tokens_per_second": step_tokens / seconds,
       "mfu": None if peak is None else flops / seconds / (peak * self.context.mesh.size),
+      **memory_peaks(),
     }
     self.progress.show(step, values)
     return values
 
   def _evaluate(self, step: int) -> dict[str, float]:
     jax.block_until_ready(self.state)  # steps still under way are training's time
-    with self.stopwatch.pause():
+    with self.clock.spent_on("evaluation"):
       score = self.evaluate(self.state.model)
+      self._sample(step)
     self.progress.say(
       f"step {step}: held-out loss {score.loss:.4f}, {score.bits_per_byte:.4f} bits per byte"
     )
     return {"eval/loss": score.loss, "eval/bits_per_byte": score.bits_per_byte}
 
-  def _save(self, step: int) -> None:
-    rest = {"step": self.state.step, "optimizer": self.state.optimizer}
-    loader = merge_states(gather_json(self.loader.get_state()))
-    position = {"tokens": self._tokens(), "loader": loader}
-    self.store.save(step, self.state.model, rest, position)
+  def _write(self, step: int, values: dict[str, Any]) -> None:
+    values = values | self.clock.read()
+    with self.clock.spent_on("other"):
+      self.writer.write(step, values)
+
+  def _sample(self, step: int) -> None:
+    prompts = self.config.reporting.sample_prompts
+    if not prompts or self.extras.sample is None:
+      return
+    model, tokens = self.template.model(self.state.model), self.config.reporting.sample_tokens
+    for prompt, text in zip(prompts, self.extras.sample(model, self.tokenizer, prompts, tokens)):
+      self.writer.sample(step, prompt, text)
+
+  def _save(self, step: int, position: dict[str, Any] | None = None) -> None:
+    """Starts a checkpoint; `position` is where the data stands, by default where it stands now."""
+    self._check_all()
+    with self.clock.spent_on("checkpoint"):
+      state, loader = self.state, merge_states(gather_json(position or self.loader.get_state()))
+      rest = {"step": state.step, "optimizer": state.optimizer, "health": state.health}
+      self.store.save(step, state.model, rest, {"tokens": self.tokens, "loader": loader})
+
+  def _say_started(self, step: int) -> None:
+    mesh = self.context.mesh
+    total, active = count_parameters(self.config.model)
+    self.writer.event(
+      "started",
+      step,
+      resumed=self.resumed,
+      devices=mesh.size,
+      device_kind=self._device_kind,
+      hosts=jax.process_count(),
+      mesh=dict(mesh.shape),
+      parameters=total,
+      active_parameters=active,
+      compile_seconds=self.compile_seconds,
+      startup_seconds=self.clock.since_start(),
+      **versions(),
+    )
+    self.clock.start(step)
+
+  def _finish(self, step: int, steps: int) -> None:
+    """Waits until everything is on disk, and says why the run ends here."""
+    self.stopped = step < steps
+    with self.clock.spent_on("checkpoint"):
+      self.store.wait()
+    self.store.close()
+    self.profiler.close()
+    self.writer.event("stopped", step, reason="signal" if self.stopped else "done")
+    self.writer.close()
 
 
-def is_due(step: int, every: int, steps: int) -> bool:
-  """Whether something done every `every` steps (0: only at the end) is to be done after `step` of `steps`."""
-  return step == steps or (every > 0 and step % every == 0)
+def is_due(step: int, every: int) -> bool:
+  """Whether something done every `every` steps (0: never) is to be done after `step`."""
+  return every > 0 and step % every == 0
 
 
 def keep_config(config: Config, run_dir: pathlib.Path) -> None:
@@ -194,3 +355,13 @@ def keep_config(config: Config, run_dir: pathlib.Path) -> None:
   if jax.process_index() == 0:
     run_dir.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+
+
+def use_compilation_cache(config: Config) -> None:
+  """Keeps compiled programs for the next start of this run, or of any that shares the folder."""
+  folder = config.compilation_cache
+  jax.config.update("jax_enable_compilation_cache", folder is not None)
+  if folder is not None:
+    compilation_cache.reset_cache()  # in case this process has used another
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.run_dir, folder)))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -1,18 +1,32 @@
-"""Names and units of what a run reports, and the writers: metrics.jsonl, TensorBoard, the terminal."""
+"""Names and units of what a run reports, and the writers: the run directory, TensorBoard, the terminal."""
 
 import contextlib
+import datetime
+import importlib.metadata
+import importlib.util
 import json
 import math
+import os
 import pathlib
+import platform
+import resource
+import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from maxllama4.config import Config, ConfigError, config_to_dict
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+SPENT_ON = ("data", "checkpoint", "evaluation", "other")
+PAUSES = ("evaluation", "other")  # not counted in the seconds of a step
 # Dense bf16 FLOPs a second of one JAX device, by the start of its `device_kind`.
 PEAK_FLOPS = {
   "TPU v4": 275e12 / 2,  # two devices a chip
@@ -33,46 +47,149 @@ def peak_flops(device_kind: str) -> float | None:
   return next((flops for name, flops in PEAK_FLOPS.items() if device_kind.startswith(name)), None)
 
 
-class MetricsWriter:
-  """Appends to metrics.jsonl and TensorBoard event files of a run directory; only process 0 writes."""
+class RunWriter:
+  """Appends to the files of a run directory that say how it goes; only process 0 writes.
 
-  def __init__(self, run_dir: pathlib.Path, *, first_step: int):
+  metrics.jsonl and TensorBoard event files: logged steps; events.jsonl: starts, stops and skipped steps; samples.jsonl;
+  and report.html, which `report` makes of them.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    *,
+    first_step: int,
+    report: Callable[[pathlib.Path], None] | None = None,
+  ):
     """Lines of steps after `first_step`, left by a run that stopped after its last checkpoint, are taken back."""
-    self._lines: TextIO | None = None
-    if jax.process_index() != 0:
+    self._run_dir = pathlib.Path(config.run_dir)
+    self._is_writer = jax.process_index() == 0
+    if not self._is_writer:
       return
-    path = run_dir / "metrics.jsonl"
-    if path.exists():
-      kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
-      path.write_text("".join(f"{line}\n" for line in kept))
-    self._lines = path.open("a", encoding="utf-8")
-    self._board = SummaryWriter(str(run_dir), purge_step=first_step + 1)
+    self._every, self._report = config.reporting.report_every_seconds, report
+    self._reported = time.monotonic()
+    for name in (METRICS_FILE, SAMPLES_FILE):
+      take_back(self._run_dir / name, first_step)
+    self._board = SummaryWriter(str(self._run_dir), purge_step=first_step + 1)
+    self._wandb = open_wandb(config)
 
   def write(self, step: int, values: dict[str, Any]) -> None:
-    if self._lines is None:
+    """The metrics of a logged step; rewrites the report when it is old."""
+    if not self._is_writer:
       return
-    self._lines.write(json.dumps({"step": step, **values}) + "\n")
-    self._lines.flush()
+    self._append(METRICS_FILE, {"step": step, **values})
     for name, value in values.items():
-      if isinstance(value, list):
-        for i, item in enumerate(value):
-          self._board.add_scalar(f"{name}/{i}", item, step)
-      elif value is not None:
-        self._board.add_scalar(name, value, step)
+      self._to_board(name, value, step)
     self._board.flush()
+    if self._wandb is not None:
+      self._wandb.log({k: v for k, v in values.items() if not isinstance(v, list)}, step=step)
+    if self._every and time.monotonic() - self._reported >= self._every:
+      self.report()
+
+  def event(self, event: str, step: int, **values) -> None:
+    """Something that happened to the run at `step`, with the time."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    self._append(EVENTS_FILE, {"time": now, "event": event, "step": step, **values})
+
+  def sample(self, step: int, prompt: str, completion: str) -> None:
+    self._append(SAMPLES_FILE, {"step": step, "prompt": prompt, "completion": completion})
+
+  def report(self) -> None:
+    if self._report is not None:
+      self._report(self._run_dir)
+    self._reported = time.monotonic()
 
   def close(self) -> None:
-    if self._lines is not None:
-      self._lines.close()
+    if self._is_writer:
+      self.report()
       self._board.close()
+      if self._wandb is not None:
+        self._wandb.finish()
+
+  def _append(self, name: str, line: dict[str, Any]) -> None:
+    if self._is_writer:
+      with (self._run_dir / name).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+  def _to_board(self, name: str, value: Any, step: int) -> None:
+    """Numbers and lists of them as scalars, lists of lists as a histogram each."""
+    if isinstance(value, list):
+      for i, item in enumerate(value):
+        self._to_board(f"{name}/{i}", np.array(item) if isinstance(item, list) else item, step)
+    elif isinstance(value, np.ndarray):
+      self._board.add_histogram(name, value, step)
+    elif value is not None:
+      self._board.add_scalar(name, value, step)
+
+
+def take_back(path: pathlib.Path, last_step: int) -> None:
+  """Leaves out of a file of JSON lines those after `last_step`, and what is no whole line."""
+  if not path.exists():
+    return
+  rest = path.with_name(f"{path.name}.tmp")
+  with (
+    path.open(encoding="utf-8", errors="replace") as old,
+    rest.open("w", encoding="utf-8") as new,
+  ):
+    new.writelines(line for line in old if line.endswith("\n") and _step_of(line) <= last_step)
+    new.flush()
+    os.fsync(new.fileno())
+  rest.replace(path)
 
 
 def _step_of(line: str) -> float:
-  """The step of a line of metrics.jsonl; infinity for one that was cut off as its run was killed."""
+  """The step of a line of JSON; infinity for one that was cut off as its run was killed."""
   try:
     return float(json.loads(line)["step"])
-  except ValueError:
+  except (ValueError, KeyError, TypeError):
     return math.inf
+
+
+def check_wandb(config: Config) -> None:
+  """Raises: ConfigError when Weights & Biases is asked for and not installed."""
+  project = config.reporting.wandb_project
+  if project is not None and importlib.util.find_spec("wandb") is None:
+    raise ConfigError(
+      f"reporting.wandb_project={project}, but the package wandb is not installed; pip install 'maxllama4[wandb]', or"
+      " set it to null."
+    )
+
+
+def open_wandb(config: Config) -> Any:
+  """The run's Weights & Biases run, the same one after a restart; None when none is asked for."""
+  if config.reporting.wandb_project is None:
+    return None
+  import wandb  # an extra
+
+  run_dir = pathlib.Path(config.run_dir)
+  name = run_dir / "wandb-id"
+  if not name.exists():
+    name.write_text(secrets.token_hex(8), encoding="utf-8")
+  return wandb.init(
+    project=config.reporting.wandb_project,
+    name=run_dir.name,
+    id=name.read_text(encoding="utf-8"),
+    resume="allow",
+    dir=str(run_dir),
+    config=config_to_dict(config),
+  )
+
+
+def memory_peaks() -> dict[str, int | None]:
+  """Most bytes so far: on the fullest device of this host (None where the device does not say), and of this process."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+  unit = 1 if sys.platform == "darwin" else 1024
+  return {
+    "memory/device_peak_bytes": max(peaks, default=None),
+    "memory/host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+  }
+
+
+def versions() -> dict[str, str]:
+  """Of what a run's numbers depend on."""
+  packages = {name: importlib.metadata.version(name) for name in ("jax", "flax", "maxllama4")}
+  return {**packages, "python": platform.python_version()}
 
 
 def to_plain(metrics: dict[str, jax.Array]) -> dict[str, Any]:
@@ -116,21 +233,47 @@ def _clock(seconds: float) -> str:
   return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-class Stopwatch:
-  """Seconds a step, leaving out what runs inside `pause`."""
+class Clock:
+  """Where a run's wall-clock time goes: steps, unless it is said to be spent on something else."""
 
-  def __init__(self, step: int):
-    self._step, self._start = step, time.perf_counter()
+  def __init__(self):
+    self._created = self._read = self._logged = time.perf_counter()
+    self._step = 0
+    self._spent = dict.fromkeys(SPENT_ON, 0.0)  # since the last `read`
+    self._paused = 0.0  # of the seconds since the last logged step
 
-  def read(self, step: int) -> float:
-    """Mean seconds a step since the last reading."""
-    now, steps = time.perf_counter(), step - self._step
-    seconds = (now - self._start) / steps
-    self._step, self._start = step, now
-    return seconds
+  def since_start(self) -> float:
+    return time.perf_counter() - self._created
+
+  def start(self, step: int) -> None:
+    """What came before, compilation and the first step with it, counts no more."""
+    self._read = self._logged = time.perf_counter()
+    self._step = step
+    self._paused = 0.0
+    self._spent = dict.fromkeys(SPENT_ON, 0.0)
+
+  def add(self, what: str, seconds: float) -> None:
+    self._spent[what] += seconds
+    if what in PAUSES:
+      self._paused += seconds
 
   @contextlib.contextmanager
-  def pause(self) -> Iterator[None]:
+  def spent_on(self, what: str) -> Iterator[None]:
     entered = time.perf_counter()
     yield
-    self._start += time.perf_counter() - entered
+    self.add(what, time.perf_counter() - entered)
+
+  def seconds_a_step(self, step: int) -> float:
+    """Mean since the last logged step, evaluations and reports left out."""
+    now = time.perf_counter()
+    seconds = (now - self._logged - self._paused) / max(1, step - self._step)
+    self._step, self._logged, self._paused = step, now, 0.0
+    return seconds
+
+  def read(self) -> dict[str, float]:
+    """`seconds/...` since the last reading; they add up to the wall-clock time."""
+    now = time.perf_counter()
+    spent, elapsed = self._spent, now - self._read
+    self._read, self._spent = now, dict.fromkeys(SPENT_ON, 0.0)
+    seconds = {"step": elapsed - sum(spent.values()), **spent}
+    return {f"seconds/{name}": value for name, value in seconds.items()}

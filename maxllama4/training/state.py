@@ -9,16 +9,23 @@ import optax
 
 from maxllama4.model.weights import Arrays, ModelTemplate
 from maxllama4.sharding import MeshContext
+from maxllama4.training.health import Health
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Steps done (int32), the model's arrays by path, and the optimizer's state, which is sharded as they are."""
+  """Steps done (int32), the model's arrays by path, the optimizer's state, which is sharded as they are, and the guard's."""
 
   step: jax.Array
   model: Arrays
   optimizer: Any
+  health: Health
+
+  def resumable(self) -> "TrainState":
+    """The state of a run that halted, ready to go on."""
+    halted = jnp.zeros_like(self.health.halted)
+    return dataclasses.replace(self, health=dataclasses.replace(self.health, halted=halted))
 
 
 def split_trainable(model: Arrays, template: ModelTemplate) -> tuple[Arrays, Arrays]:
@@ -38,7 +45,7 @@ def init_state(
   def make(key):
     model = template.init(key)
     params, _ = split_trainable(model, template)
-    return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(params), Health.fresh())
 
   key = jax.random.key(seed)
   shardings = state_shardings(jax.eval_shape(make, key), template, context)
@@ -51,9 +58,8 @@ def abstract_state(
   """The shapes, dtypes and shardings of `init_state`'s result; nothing is computed."""
 
   def make(model):
-    return TrainState(
-      jnp.zeros((), jnp.int32), model, optimizer.init(split_trainable(model, template)[0])
-    )
+    params, _ = split_trainable(model, template)
+    return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(params), Health.fresh())
 
   state = jax.eval_shape(make, template.shapes)
   return jax.tree.map(

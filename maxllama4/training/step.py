@@ -11,8 +11,10 @@ from maxllama4.model.attention import Sequences
 from maxllama4.model.moe import RouterStatistics
 from maxllama4.model.weights import Arrays, ModelTemplate, layer_place
 from maxllama4.sharding import constrain
+from maxllama4.training.health import FINE, judge
 from maxllama4.training.loss import cross_entropy_sums
 from maxllama4.training.state import TrainState, split_trainable
+from maxllama4.training.statistics import debug_metrics
 
 Batch = dict[
   str, jax.Array
@@ -27,35 +29,60 @@ def make_train_step(
   schedule: optax.Schedule,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """One optimizer step over a batch, microbatch by microbatch. Gradients do not depend on how many there are."""
-  num_microbatches = config.training.gradient_accumulation
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     params, fixed = split_trainable(state.model, template)
     totals = batch_totals(batch)
-
-    def gradients_of(microbatch):
-      def objective(params):
-        return microbatch_objective(config, template, params | fixed, microbatch, totals)
-
-      return jax.grad(objective, has_aux=True)(params)
-
-    if num_microbatches == 1:
-      gradients, sums = gradients_of(batch)
-    else:
-      gradients, sums = _accumulate(gradients_of, _microbatches(batch, num_microbatches))
+    gradients, sums = batch_gradients(config, template, params, fixed, batch, totals)
+    loss, gradient_norm = sums["nats"] / totals["weight"], optax.global_norm(gradients)
+    verdict, health = judge(config.training, state.health, loss, gradient_norm)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, params)
-    params = optax.apply_updates(params, updates)
-    fixed = move_router_biases(config, fixed, sums.get("router"))
+    moved = optax.apply_updates(params, updates)
+    moved |= move_router_biases(config, fixed, sums.get("router"))
+    accepted = (verdict == FINE) & ~health.halted
+    model, optimizer_state = jax.tree.map(
+      lambda new, old: jnp.where(accepted, new, old),
+      (moved, optimizer_state),
+      (state.model, state.optimizer),
+    )
     metrics = {
-      "loss": sums["nats"] / totals["weight"],
-      "step_tokens": totals["weight"],
-      "learning_rate": schedule(state.step),
-      "gradient_norm": optax.global_norm(gradients),
+      "loss": loss,
+      "step_tokens": jnp.where(accepted, totals["weight"], 0),
+      "learning_rate": schedule(state.step - state.health.skipped),
+      "gradient_norm": gradient_norm,
+      "verdict": verdict,
+      "halted": health.halted,
+      "skipped_steps": health.skipped,
       **router_metrics(config, sums.get("router"), totals["tokens"]),
     }
-    return TrainState(state.step + 1, params | fixed, optimizer_state), metrics
+    if config.training.debug_statistics:
+      metrics |= debug_metrics(
+        template.model(state.model), microbatches_of(config, batch), gradients
+      )
+    return TrainState(state.step + ~health.halted, model, optimizer_state, health), metrics
 
   return train_step
+
+
+def batch_gradients(
+  config: Config,
+  template: ModelTemplate,
+  params: Arrays,
+  fixed: Arrays,
+  batch: Batch,
+  totals: Metrics,
+) -> tuple[Arrays, dict]:
+  """Gradients of the objective with respect to `params`, and the sums of `microbatch_objective`, over a whole batch."""
+
+  def gradients_of(microbatch):
+    def objective(params):
+      return microbatch_objective(config, template, params | fixed, microbatch, totals)
+
+    return jax.grad(objective, has_aux=True)(params)
+
+  if config.training.gradient_accumulation == 1:
+    return gradients_of(batch)
+  return _accumulate(gradients_of, microbatches_of(config, batch))
 
 
 def batch_totals(batch: Batch) -> Metrics:
@@ -106,8 +133,9 @@ def make_eval_step(config: Config, template: ModelTemplate) -> Callable[[Arrays,
   return eval_step
 
 
-def _microbatches(batch: Batch, count: int) -> Batch:
-  """The batch with a leading axis of `count`; each device's rows are dealt out, so none has to move."""
+def microbatches_of(config: Config, batch: Batch) -> Batch:
+  """The batch with a leading axis of microbatches; each device's rows are dealt out, so none has to move."""
+  count = config.training.gradient_accumulation
 
   def split(x):
     x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
@@ -178,6 +206,7 @@ def router_metrics(
     "moe/entropy": by_layer["entropy"].mean(),
     "moe/dead_experts": by_layer["dead_experts"].sum(),
     "moe/router_z_loss": statistics.z.mean() / tokens,
+    "moe/load_by_layer": relative,
     "moe/dropped_tokens": tokens * choices * load.shape[0] - load.sum(),
     **{f"moe/{name}_by_layer": value for name, value in by_layer.items()},
   }

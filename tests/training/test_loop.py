@@ -136,6 +136,6 @@ def test_settings_of_training_may_change_in_a_run_directory(config, tmp_path):
   assert load_config(tmp_path / "config.yml") == longer
 
 
-def test_what_is_done_every_few_steps_is_also_done_at_the_last():
-  assert [step for step in range(1, 8) if is_due(step, 3, 7)] == [3, 6, 7]
-  assert [step for step in range(1, 8) if is_due(step, 0, 7)] == [7]
+@pytest.mark.parametrize(("every", "due"), [(3, [3, 6]), (0, []), (1, [1, 2, 3, 4, 5, 6, 7])])
+def test_what_is_done_every_few_steps_is_done_at_their_multiples(every, due):
+  assert [step for step in range(1, 8) if is_due(step, every)] == due

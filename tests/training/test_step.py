@@ -13,6 +13,7 @@ from tiny import packed_batch, tiny_arrays, tiny_config, tiny_run
 from maxllama4.config import ConfigError
 from maxllama4.model.moe import RouterStatistics, router_statistics
 from maxllama4.model.weights import ModelTemplate
+from maxllama4.training.health import Health
 from maxllama4.training.optimizer import learning_rate_schedule, make_optimizer
 from maxllama4.training.state import TrainState, split_trainable
 from maxllama4.training.step import (
@@ -50,7 +51,7 @@ def compiled_step(gradient_accumulation=1, remat="none"):
 def fresh_state():
   template, model = ModelTemplate(MODEL), tiny_arrays(MODEL)
   params, _ = split_trainable(model, template)
-  return TrainState(jnp.zeros((), jnp.int32), model, SHOW_GRADIENTS.init(params))
+  return TrainState(jnp.zeros((), jnp.int32), model, SHOW_GRADIENTS.init(params), Health.fresh())
 
 
 def assert_same(one, other, tolerance=1e-6):
@@ -185,6 +186,7 @@ def test_load_metrics_name_the_busiest_and_idlest_expert_of_each_layer():
   expected = {
     "moe/max_load_by_layer": [1, 2],
     "moe/min_load_by_layer": [1, 0],
+    "moe/load_by_layer": [[1, 1, 1, 1], [2, 0, 1.5, 0.5]],
     "moe/dead_experts_by_layer": [0, 1],
     "moe/entropy_by_layer": [1, entropy],
     "moe/load_balance_loss_by_layer": [1, 1],

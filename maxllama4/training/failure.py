@@ -1,0 +1,120 @@
+"""A step that went wrong: what is kept of it for a closer look, and how to run it again."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxllama4.checkpoint.store import CheckpointStore
+from maxllama4.config import Config, ConfigError, load_config, require
+from maxllama4.data.packing import ROW_DTYPES
+from maxllama4.mesh import build_mesh
+from maxllama4.model.weights import Arrays, ModelTemplate
+from maxllama4.sharding import use_mesh
+from maxllama4.training.evaluate import place_batch
+from maxllama4.training.metrics import to_plain
+from maxllama4.training.optimizer import make_optimizer
+from maxllama4.training.state import abstract_state, split_trainable
+from maxllama4.training.statistics import debug_metrics
+from maxllama4.training.step import Batch, batch_gradients, batch_totals, microbatches_of
+
+FAILURES = "failures"
+FAILURE_FILE = "failure.json"
+STATISTICS = ("mean", "deviation", "zeros", "max")
+
+
+class TrainingFailure(RuntimeError):
+  """A run that cannot go on; says the step, the reason and what to do."""
+
+
+def make_diagnosis(config: Config, template: ModelTemplate):
+  """A function of weights and batch: loss, gradient norm, and the statistics of every layer, for this very step."""
+
+  def diagnose(arrays: Arrays, batch: Batch) -> dict[str, jax.Array]:
+    params, fixed = split_trainable(arrays, template)
+    totals = batch_totals(batch)
+    gradients, sums = batch_gradients(config, template, params, fixed, batch, totals)
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in gradients.values()))
+    statistics = debug_metrics(template.model(arrays), microbatches_of(config, batch), gradients)
+    return {"loss": sums["nats"] / totals["weight"], "gradient_norm": norm} | statistics
+
+  return jax.jit(diagnose)
+
+
+def write_failure(
+  config: Config,
+  step: int,
+  reason: str,
+  batch: dict[str, np.ndarray],
+  documents: Sequence[dict[str, Any]],
+  diagnosis: dict[str, Any],
+) -> pathlib.Path:
+  """The folder that holds the batch (each process its rows), where its rows come from, and `diagnosis`."""
+  folder = pathlib.Path(config.run_dir) / FAILURES / f"step-{step}"
+  folder.mkdir(parents=True, exist_ok=True)
+  index = jax.process_index()
+  np.savez(folder / f"batch-{index}.npz", **batch)
+  rows = "".join(f"{json.dumps(document)}\n" for document in documents)
+  (folder / f"documents-{index}.jsonl").write_text(rows, encoding="utf-8")
+  if index == 0:
+    report = {"step": step, "reason": reason, **diagnosis}
+    (folder / FAILURE_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
+  return folder
+
+
+def read_batch(folder: pathlib.Path) -> dict[str, np.ndarray]:
+  """The whole batch in `folder`. Raises: ConfigError when it is none that `write_failure` left."""
+  parts = []
+  for path in sorted(folder.glob("batch-*.npz"), key=lambda path: int(path.stem.split("-")[1])):
+    with np.load(path, allow_pickle=False) as arrays:
+      require(set(arrays) == set(ROW_DTYPES), f"{path} is not a batch of a failed step.")
+      parts.append(dict(arrays))
+  require(bool(parts), f"{folder} holds no batch; name a folder of RUN/{FAILURES}.")
+  return {name: np.concatenate([part[name] for part in parts]) for name in ROW_DTYPES}
+
+
+def replay(folder: str | pathlib.Path, overrides: Sequence[str]) -> dict[str, Any]:
+  """Runs the failed step in `folder` again, on the checkpoint before it; see `make_diagnosis`.
+
+  `overrides` change the run's configuration, such as `dtype=float32`. Raises: ConfigError when the folder, or that
+  checkpoint, is not there.
+  """
+  folder = pathlib.Path(folder)
+  batch = read_batch(folder)
+  step = json.loads((folder / FAILURE_FILE).read_text(encoding="utf-8"))["step"]
+  run_dir = folder.absolute().parent.parent
+  config = load_config(run_dir / "config.yml", overrides)
+  config = dataclasses.replace(config, run_dir=str(run_dir))
+  template = ModelTemplate(config.model, config.training.frozen)
+  optimizer = make_optimizer(config.optimizer, config.training.steps, template)
+  store = CheckpointStore(config.run_dir, config.checkpoint)
+  if step - 1 not in store.steps:
+    raise ConfigError(
+      f"{folder}: the run no longer has its checkpoint of step {step - 1}, which the step started from."
+    )
+  with use_mesh(build_mesh(config), config.mesh) as context:
+    shapes = abstract_state(template, optimizer, context)
+    arrays = store.restore_model(step - 1, shapes.model)
+    placed = place_batch(batch, context.sharding(("batch", "length")))
+    return {"step": step} | to_plain(make_diagnosis(config, template)(arrays, placed))
+
+
+def print_replay(found: dict[str, Any]) -> None:
+  """A table of the layers, and the first whose activations are not finite."""
+  print(
+    f"step {found['step']}: loss {found['loss']:.6g}, gradient norm {found['gradient_norm']:.6g}\n"
+  )
+  names = [f"{group}/{name}" for group in ("activations", "gradients") for name in STATISTICS]
+  print(f"{'':>5}  {'activations':<41}  gradients")
+  print(f"{'layer':>5}  " + "  ".join(f"{name:<9}" for name in STATISTICS * 2))
+  columns = [found[f"debug/{name}"] for name in names]
+  for layer, row in enumerate(zip(*columns)):
+    print(f"{layer:>5}  " + "  ".join(f"{value:<9.3g}" for value in row))
+  bad = np.flatnonzero(~np.isfinite(found["debug/activations/max"]))
+  if bad.size:
+    print(f"\nlayer {bad[0]} is the first whose output is not finite")

@@ -1,0 +1,49 @@
+"""A run that is asked to stop, by SIGTERM or from the keyboard."""
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class StopRequest:
+  """Whether somebody asked the run to stop; a context that takes SIGTERM and Ctrl-C while it lasts.
+
+  Before `defer`, when there is nothing to save, a signal ends the process at once with exit code 0. After it, the first
+  one is kept for the loop to see, and a second Ctrl-C is a KeyboardInterrupt. Several processes agree on the step.
+  """
+
+  def __init__(self, say: Callable[[str], None]):
+    self._say, self._deferred, self._asked = say, False, False
+    self._earlier: dict[int, object] = {}
+
+  def __enter__(self) -> "StopRequest":
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._earlier[number] = signal.signal(number, self._take)
+    return self
+
+  def __exit__(self, *_) -> None:
+    for number, handler in self._earlier.items():
+      signal.signal(number, handler)
+
+  def defer(self) -> None:
+    self._deferred = True
+
+  def at(self, step: int) -> bool:
+    """Whether the run is to stop after `step`."""
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._asked
+
+  def _take(self, number: int, frame: FrameType | None) -> None:
+    if not self._deferred:
+      self._say("stopped before the first step; nothing was changed")
+      raise SystemExit(0)
+    if self._asked and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self._asked = True
+    self._say(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint")
