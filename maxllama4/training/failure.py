@@ -105,7 +105,7 @@ def replay(folder: str | pathlib.Path, overrides: Sequence[str]) -> dict[str, An
 
 
 def print_replay(found: dict[str, Any]) -> None:
-  """A table of the layers, and the first whose activations are not finite."""
+  """A table of the layers, and the first with numbers that are not finite."""
   print(
     f"step {found['step']}: loss {found['loss']:.6g}, gradient norm {found['gradient_norm']:.6g}\n"
   )
@@ -115,6 +115,19 @@ def print_replay(found: dict[str, Any]) -> None:
   columns = [found[f"debug/{name}"] for name in names]
   for layer, row in enumerate(zip(*columns)):
     print(f"{layer:>5}  " + "  ".join(f"{value:<9.3g}" for value in row))
-  bad = np.flatnonzero(~np.isfinite(found["debug/activations/max"]))
-  if bad.size:
-    print(f"\nlayer {bad[0]} is the first whose output is not finite")
+  verdict = first_bad_layer(found)
+  if verdict is not None:
+    print(f"\n{verdict}")
+
+
+def first_bad_layer(found: dict[str, Any]) -> str | None:
+  """Where numbers first went wrong, in the order of computation: forwards, then backwards; None where they did not."""
+  activations, gradients = (
+    np.flatnonzero(~np.isfinite(found[f"debug/{group}/max"]))
+    for group in ("activations", "gradients")
+  )
+  if activations.size:
+    return f"layer {activations[0]} is the first whose output is not finite"
+  if gradients.size:
+    return f"layer {gradients[-1]} is the first, from the loss backwards, with gradients that are not finite"
+  return None

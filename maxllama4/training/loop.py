@@ -145,13 +145,13 @@ class Run:
     self.profiler = Profiler(self.config, first + 1)
     self.writer = RunWriter(self.config, first_step=first, report=self.extras.report)
     self.stop.defer()
+    self.clock.start(first)
     for step in range(first + 1, steps + 1):
       taken = self._next_batch(step)
       self.profiler.before(step)
       self.state, taken.metrics = train_step(self.state, self._place(taken.batch))
       self.profiler.after(step, self.state)
       self._check(taken, first)
-      last = step == steps or self.stop.at(step)
       values = {}
       if step == steps or is_due(step, training.log_every):
         values |= self._log(taken)
@@ -159,6 +159,7 @@ class Run:
         values |= self._evaluate(step)
       if values:
         self._write(step, values)
+      last = step == steps or self.stop.at(step)
       if last or is_due(step, self.config.checkpoint.every):
         self._save(step)
       if last:
@@ -322,7 +323,6 @@ class Run:
       startup_seconds=self.clock.since_start(),
       **versions(),
     )
-    self.clock.start(step)
 
   def _finish(self, step: int, steps: int) -> None:
     """Waits until everything is on disk, and says why the run ends here."""

@@ -246,7 +246,7 @@ class Clock:
     return time.perf_counter() - self._created
 
   def start(self, step: int) -> None:
-    """What came before, compilation and the first step with it, counts no more."""
+    """The steps after `step` begin; what came before, such as compilation, counts no more."""
     self._read = self._logged = time.perf_counter()
     self._step = step
     self._paused = 0.0

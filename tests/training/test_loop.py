@@ -5,16 +5,24 @@ import json
 import pathlib
 import random
 import shutil
+import signal
 
 import pytest
 from tiny import tiny_config, tiny_run
 
 from maxllama4 import ConfigError, load_config, load_model
-from maxllama4.config import CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig
-from maxllama4.training.loop import is_due, keep_config, train
+from maxllama4.config import (
+  CheckpointConfig,
+  DataConfig,
+  MeshConfig,
+  OptimizerConfig,
+  ReportingConfig,
+)
+from maxllama4.training.loop import Extras, is_due, keep_config, train
+from maxllama4.training.signals import StopRequest
 
 MODEL = tiny_config(vocab_size=320, initializer_range=0.1)
-TIMINGS = {"step_seconds", "tokens_per_second", "mfu"}
+TIMINGS = ("step_seconds", "tokens_per_second", "mfu", "seconds/", "memory/")
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +90,10 @@ def test_every_logged_step_has_the_metrics_that_users_rely_on(config, whole):
   assert 0 < lines[6]["eval/bits_per_byte"] < 8
 
 
+def events_of_run(run_dir):
+  return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+
+
 def stopped_after(step, whole, folder):
   """A copy of the run as it was when its checkpoint of `step` was the newest, with later lines still there."""
   shutil.copytree(whole, folder)
@@ -92,7 +104,7 @@ def stopped_after(step, whole, folder):
 
 
 def without_timings(line):
-  return {name: value for name, value in line.items() if name not in TIMINGS}
+  return {name: value for name, value in line.items() if not name.startswith(TIMINGS)}
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_bit(config, whole, tmp_path):
@@ -113,6 +125,48 @@ def test_a_run_goes_on_on_another_mesh(config, whole, tmp_path):
   for step in (5, 6):
     assert found[step]["loss"] == pytest.approx(expected[step]["loss"], abs=1e-5)
     assert found[step]["tokens"] == expected[step]["tokens"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_a_run_with_a_checkpoint_and_the_next_start_goes_on_exactly(
+  config, whole, tmp_path, number
+):
+  shutil.copytree(whole, tmp_path / "run", ignore=lambda *_: ["checkpoints", "metrics.jsonl"])
+  reporting = ReportingConfig(sample_prompts=("ab",))
+  config = dataclasses.replace(config, run_dir=str(tmp_path / "run"), reporting=reporting)
+
+  def sample(*_):  # during the evaluation after step 3
+    signal.raise_signal(number)
+    return ["cd"]
+
+  before = signal.getsignal(number)
+  train(config, Extras(sample=sample))
+  folder = tmp_path / "run"
+  assert signal.getsignal(number) == before
+  assert list(lines_of(folder)) == [1, 2, 3]
+  assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["2", "3"]
+  assert events_of_run(folder)[-1]["reason"] == "signal"
+  train(config, Extras())
+  expected, found = lines_of(whole), lines_of(folder)
+  assert {s: without_timings(v) for s, v in found.items()} == {
+    s: without_timings(v) for s, v in expected.items()
+  }
+  assert [e["event"] for e in events_of_run(folder)[-2:]] == ["started", "stopped"]
+
+
+def test_a_signal_before_the_first_step_ends_the_process_with_exit_code_0(config, tmp_path, capsys):
+  with StopRequest(print), pytest.raises(SystemExit) as stopped:
+    signal.raise_signal(signal.SIGTERM)
+  assert stopped.value.code == 0 and "before the first step" in capsys.readouterr().out
+
+
+def test_a_second_signal_from_the_keyboard_stops_at_once():
+  with StopRequest(lambda _: None) as stop:
+    stop.defer()
+    signal.raise_signal(signal.SIGINT)
+    assert stop.at(1)
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
 
 
 def test_the_same_command_on_a_finished_run_changes_nothing(config, whole, capsys):
