@@ -28,6 +28,7 @@ USAGE = """usage: maxllama4 COMMAND [CONFIG.yml] [key=value ...] [--debug]
   convert SOURCE DESTINATION to=hf|maxllama4 [dry_run=true]  from one format to another; what was stopped goes on
   evaluate CHECKPOINT data.paths=[...] [key=value ...]      loss and bits per byte; without data, on what its run held out
   compare A B prompt=TEXT                                   two checkpoints, layer by layer: where they first depart
+  report  RUN [RUN ...] [output=FILE]                       one page about a run, or about several beside each other
   replay  RUN/failures/step-N [key=value ...]               the step that stopped a run, again: numbers layer by layer
   show    CONFIG.yml [key=value ...] [output=json]          the whole configuration, sizes and costs; needs no device
 
@@ -188,6 +189,29 @@ def compare_command(words: Sequence[str]) -> None:
     print_comparison(comparison, request.tolerance)
 
 
+def report_command(words: Sequence[str]) -> None:
+  from maxllama4.report import write_report
+
+  runs = [word for word in words if "=" not in word or os.path.isdir(word)]
+  outputs = [word for word in words if word not in runs]
+  if not runs:
+    raise ConfigError(
+      "name a run's directory first, such as runs/quickstart; several are compared."
+    )
+  for run in runs:
+    if not any(os.path.isfile(os.path.join(run, name)) for name in ("config.yml", "metrics.jsonl")):
+      raise ConfigError(f"{run} is no run; name a folder that holds a config.yml or metrics.jsonl.")
+  for word in outputs:
+    if not word.startswith("output=") or word == "output=":
+      raise ConfigError(f"{word} is not a setting of report; the only one is output=FILE.")
+  folder = pathlib.Path(runs[0] if len(runs) == 1 else ".")
+  path = pathlib.Path(outputs[-1].partition("=")[2]) if outputs else folder / "report.html"
+  if path.is_dir() or not path.parent.is_dir():
+    raise ConfigError(f"output={path} is no place for a file; name a file in a folder that exists.")
+  write_report([pathlib.Path(run) for run in runs], path)
+  print(path)
+
+
 def show_command(words: Sequence[str]) -> None:
   path, overrides = need_config(words)
   output, overrides = split_output(overrides)
@@ -248,6 +272,7 @@ COMMANDS = {
   "convert": convert_command,
   "evaluate": evaluate_command,
   "compare": compare_command,
+  "report": report_command,
   "show": show_command,
   "replay": replay_command,
 }

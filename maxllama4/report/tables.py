@@ -1,0 +1,201 @@
+"""What a report says in tables: time, events, the machine, settings, and runs beside each other."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from maxllama4.report.figures import kinds_of_time
+from maxllama4.report.run_files import Run
+from maxllama4.report.summary import State, best_point, goodput, start_seconds
+from maxllama4.report.text import UNKNOWN, count, duration, escape, percent, plain, short
+
+# Settings that say where a run lives, not what it is.
+_OWN = {"run_dir"}
+_SHOWN_IN_EVENTS = {"time", "event", "step"}
+_SHOWN_IN_MACHINE = {
+  "devices", "hosts", "mesh", "parameters", "active_parameters", "jax", "python", "maxllama4",
+  "compile_seconds", "startup_seconds",
+}  # fmt: skip
+
+
+def time_table(run: Run) -> str:
+  """Time by kind, starts included, as a bar and in figures."""
+  parts = [(i, kind, run.seconds[kind]) for i, kind in enumerate(kinds_of_time(run))]
+  starts = start_seconds(run)
+  if starts:
+    parts.append(
+      (len(parts), "starting" if len(run.started) < 2 else f"{len(run.started)} starts", starts)
+    )
+  total = sum(seconds for _, _, seconds in parts)
+  if total <= 0:
+    return ""
+  bar = "".join(
+    f'<b class="t{i}" style="flex:{seconds / total:.5f}"></b>' for i, _, seconds in parts if seconds
+  )
+  rows = "".join(
+    f'<tr><th><b class="key t{i} before"></b>{escape(kind)}</th>'
+    f"<td>{duration(seconds)}</td><td>{percent(seconds / total)}</td></tr>"
+    for i, kind, seconds in parts
+  )
+  rows += f"<tr><th>all</th><td>{duration(total)}</td><td></td></tr>"
+  return (
+    '<div class="card"><h3>Total time</h3><p class="note">Goodput, the share of steps:'
+    f' {percent(goodput(run))}.</p><div class="share" aria-hidden="true">{bar}</div><table>{rows}</table></div>'
+  )
+
+
+def events_table(run: Run) -> str:
+  """The newest events, newest first, with a count of each kind before them."""
+  if not run.events:
+    return ""
+  counts = ", ".join(f"{name} {count:,}" for name, count in run.num_events.items())
+  rows = "".join(_event_row(event) for event in reversed(run.events))
+  hidden = sum(run.num_events.values()) - len(run.events)
+  before = f" The newest {len(run.events)} are shown." if hidden else ""
+  return f'<p class="quiet">{escape(counts)}.{before}</p><div class="scroll" tabindex="0"><table>{rows}</table></div>'
+
+
+def _event_row(event: dict[str, Any]) -> str:
+  step = event.get("step")
+  details = ", ".join(
+    _value(value) if name == "reason" else f"{name.replace('_', ' ')} {_value(value)}"
+    for name, value in event.items()
+    if name not in _SHOWN_IN_EVENTS | _SHOWN_IN_MACHINE
+  )
+  moment = str(event.get("time", "")).replace("T", " ").removesuffix("Z")[:19]
+  place = f"step {step:,}" if type(step) is int else ""
+  return (
+    f"<tr><th>{escape(moment)}</th><td>{escape(place)}</td>"
+    f"<td>{escape(event['event'])}</td><td>{escape(details)}</td></tr>"
+  )
+
+
+def machine_table(run: Run) -> str:
+  """Devices, mesh, size of the model and versions, of the newest start."""
+  if not run.started:
+    return ""
+  event = run.started[-1]
+  devices, mesh = event.get("devices"), event.get("mesh")
+  if isinstance(mesh, dict):
+    mesh = " × ".join(f"{axis} {size}" for axis, size in mesh.items() if size != 1) or "one device"
+  rows = [
+    ("devices", f"{_value(devices)} × {event.get('device_kind', 'unknown')}" if devices else None),
+    ("hosts", event.get("hosts")),
+    ("mesh", mesh),
+    ("parameters", _count(event.get("parameters"))),
+    ("active for a token", _count(event.get("active_parameters"))),
+    ("compilation", _seconds(event.get("compile_seconds"))),
+    ("start to first step", _seconds(event.get("startup_seconds"))),
+    ("JAX", event.get("jax")),
+    ("Python", event.get("python")),
+    ("maxllama4", event.get("maxllama4")),
+  ]
+  cells = "".join(
+    f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in rows if value is not None
+  )
+  return f'<table class="narrow">{cells}</table>'
+
+
+def settings_tables(run: Run) -> str:
+  """All settings, a table for each section."""
+  sections: dict[str, list[tuple[str, Any]]] = {}
+  for path, value in run.settings.items():
+    section, _, name = path.partition(".")
+    sections.setdefault(section if name else "", []).append((name or section, value))
+  tables = []
+  for section, entries in sorted(sections.items()):
+    rows = "".join(
+      f"<tr><th>{escape(name)}</th><td><code>{escape(_value(value))}</code></td></tr>"
+      for name, value in entries
+    )
+    heading = f"<h3>{escape(section)}</h3>" if section else ""
+    tables.append(f"<section>{heading}<table>{rows}</table></section>")
+  return f'<div class="settings">{"".join(tables)}</div>' if tables else ""
+
+
+def comparison_sections(
+  runs: Sequence[Run], names: Sequence[str], states: Sequence[State]
+) -> tuple[str, str]:
+  """Tables of the newest figures and of the settings that are not the same in all runs."""
+  head = (
+    "",
+    "state",
+    "step",
+    "loss",
+    "held-out loss",
+    "bits per byte",
+    "best",
+    "tokens",
+    "tokens/s",
+    "MFU",
+    "goodput",
+    "time",
+  )
+  rows = [_row(head, header=True)]
+  for i, (run, name, state) in enumerate(zip(runs, names, states)):
+    best = best_point(run, "eval/bits_per_byte")
+    spent = sum(run.seconds.values()) + start_seconds(run)
+    cells = (
+      f"{run.step:,}" + (f" of {run.steps:,}" if run.steps else ""),
+      plain(run.last("loss")),
+      plain(run.last("eval/loss")),
+      plain(run.last("eval/bits_per_byte")),
+      plain(best[1]) if best else UNKNOWN,
+      count(run.last("tokens")),
+      count(run.last("tokens_per_second")),
+      percent(run.last("mfu")),
+      percent(goodput(run)),
+      duration(spent) if spent else UNKNOWN,
+    )
+    rows.append(
+      f"<tr><th>{_key(i)}{escape(name)}</th>"
+      f'<td class="{state.kind}">{escape(state.words)}</td>'
+      + "".join(f'<td class="right">{escape(cell)}</td>' for cell in cells)
+      + "</tr>"
+    )
+  return _scrolled("".join(rows)), _differing(runs, names)
+
+
+def _differing(runs: Sequence[Run], names: Sequence[str]) -> str:
+  paths = dict.fromkeys(path for run in runs for path in run.settings)
+  rows = []
+  for path in paths:
+    values = [_value(run.settings[path]) if path in run.settings else UNKNOWN for run in runs]
+    if path not in _OWN and len(set(values)) > 1:
+      cells = "".join(f"<td><code>{escape(value)}</code></td>" for value in values)
+      rows.append(f"<tr><th>{escape(path)}</th>{cells}</tr>")
+  if not rows:
+    return '<p class="quiet">None: all runs have the same settings.</p>'
+  head = "".join(f"<th>{_key(i)}{escape(name)}</th>" for i, name in enumerate(names))
+  return _scrolled(f"<tr><th></th>{head}</tr>{''.join(rows)}")
+
+
+def _key(index: int) -> str:
+  return f'<b class="key k{index % 8} before"></b>'
+
+
+def _row(cells: Sequence[str], header: bool) -> str:
+  return (
+    "<tr>"
+    + "".join(f"<th{' class=right' * (i > 1)}>{escape(cell)}</th>" for i, cell in enumerate(cells))
+    + "</tr>"
+  )
+
+
+def _scrolled(rows: str) -> str:
+  return f'<div class="scroll" tabindex="0"><table class="wide-table">{rows}</table></div>'
+
+
+def _value(value: Any) -> str:
+  """A setting or a detail as YAML would show it, on one line."""
+  if isinstance(value, str):
+    return value
+  return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _count(value: Any) -> str | None:
+  return short(value) if type(value) in (int, float) else None
+
+
+def _seconds(value: Any) -> str | None:
+  return duration(value) if type(value) in (int, float) else None
