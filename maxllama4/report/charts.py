@@ -1,6 +1,6 @@
 """Figures as SVG in HTML: lines, stacked bars, maps of load. Plain values in, markup out.
 
-A path holds the data itself, and a matrix maps it to the figure, so that the script of the page can read values back
+A path holds the data itself, divided by a power of ten, and a matrix maps it to the figure, so that the script of the page can read values back
 from what is drawn. Figures stretch with the page; their labels are HTML, and do not.
 """
 

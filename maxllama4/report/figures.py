@@ -178,7 +178,9 @@ def _figure(runs: Sequence[Run], names: Sequence[str], quantity: Quantity, marks
     curves = [_curve(run, quantity, name, i) for i, (run, name) in enumerate(zip(runs, names))]
   if len(runs) == 1:
     curves = [dataclasses.replace(curves[0], name=quantity.name)]
-  title = quantity.name[:1].upper() + quantity.name[1:]
+  title = quantity.name
+  if title != quantity.key:
+    title = title[:1].upper() + title[1:]
   return line_chart(
     title,
     curves,

@@ -62,10 +62,15 @@ def _seconds(event: dict[str, Any], name: str) -> float:
   return float(value) if type(value) in (int, float) and 0 <= value < 1e12 else 0.0
 
 
+def seconds_spent(run: Run) -> float | None:
+  """All time that the run tells of."""
+  return sum(run.seconds.values()) + start_seconds(run) or None
+
+
 def goodput(run: Run) -> float | None:
   """Share of the time, starts included, that was spent in steps."""
-  total = sum(run.seconds.values()) + start_seconds(run)
-  return run.seconds["step"] / total if "step" in run.seconds and total > 0 else None
+  spent = seconds_spent(run)
+  return run.seconds["step"] / spent if spent and "step" in run.seconds else None
 
 
 def seconds_left(run: Run) -> float | None:
@@ -101,8 +106,7 @@ def tiles(run: Run, state: State) -> list[Tile]:
   if state.kind in ("running", "silent", "stopped", "failed") and left is not None:
     result.append(Tile("Time left", duration(left), "at this speed"))
   else:
-    spent = sum(run.seconds.values()) + start_seconds(run)
-    result.append(Tile("Time taken", duration(spent) if spent else UNKNOWN, _starts(run)))
+    result.append(Tile("Time taken", duration(seconds_spent(run)), _starts(run)))
   return result
 
 
@@ -117,8 +121,8 @@ def _best_evaluation(run: Run) -> str:
   if series is None or best is None:
     return "not evaluated"
   if best[0] == series.last[0]:
-    return "held out; its best so far"
-  return f"held out; best {plain(best[1])} at step {best[0]:,}"
+    return "held out, best so far"
+  return f"held out, best {plain(best[1])} at step {best[0]:,}"
 
 
 def best_point(run: Run, key: str) -> tuple[int, float] | None:
@@ -126,6 +130,12 @@ def best_point(run: Run, key: str) -> tuple[int, float] | None:
   series = run.series.get(key)
   points = [] if series is None else [point for piece in series.extremes() for point in piece]
   return min(points, key=lambda point: point[1], default=None)
+
+
+def best_value(run: Run, key: str) -> float | None:
+  """The lowest value of a quantity."""
+  best = best_point(run, key)
+  return None if best is None else best[1]
 
 
 def _of_tokens(run: Run, tokens: float | None) -> str:

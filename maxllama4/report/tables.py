@@ -6,7 +6,7 @@ from typing import Any
 
 from maxllama4.report.figures import kinds_of_time
 from maxllama4.report.run_files import Run
-from maxllama4.report.summary import State, best_point, goodput, start_seconds
+from maxllama4.report.summary import State, best_value, goodput, seconds_spent, start_seconds
 from maxllama4.report.text import UNKNOWN, count, duration, escape, percent, plain, short
 
 # Settings that say where a run lives, not what it is.
@@ -113,47 +113,44 @@ def settings_tables(run: Run) -> str:
   return f'<div class="settings">{"".join(tables)}</div>' if tables else ""
 
 
+# Columns of a comparison: heading, value, how it is written, and which of several is the best, if any is.
+_COLUMNS = (
+  ("loss", lambda run: run.last("loss"), plain, min),
+  ("held-out loss", lambda run: run.last("eval/loss"), plain, min),
+  ("bits per byte", lambda run: run.last("eval/bits_per_byte"), plain, min),
+  ("its lowest", lambda run: best_value(run, "eval/bits_per_byte"), plain, min),
+  ("tokens", lambda run: run.last("tokens"), count, None),
+  ("tokens/s", lambda run: run.last("tokens_per_second"), count, max),
+  ("MFU", lambda run: run.last("mfu"), percent, max),
+  ("goodput", goodput, percent, max),
+  ("time", seconds_spent, duration, None),
+)
+
+
 def comparison_sections(
   runs: Sequence[Run], names: Sequence[str], states: Sequence[State]
 ) -> tuple[str, str]:
-  """Tables of the newest figures and of the settings that are not the same in all runs."""
-  head = (
-    "",
-    "state",
-    "step",
-    "loss",
-    "held-out loss",
-    "bits per byte",
-    "best",
-    "tokens",
-    "tokens/s",
-    "MFU",
-    "goodput",
-    "time",
-  )
-  rows = [_row(head, header=True)]
+  """Tables of the newest figures, the best of each marked, and of the settings that are not the same in all runs."""
+  head = "".join(f'<th class="right">{name}</th>' for name, *_ in _COLUMNS)
+  columns = [_column(runs, *column[1:]) for column in _COLUMNS]
+  rows = [f'<tr><th></th><th>state</th><th class="right">step</th>{head}</tr>']
   for i, (run, name, state) in enumerate(zip(runs, names, states)):
-    best = best_point(run, "eval/bits_per_byte")
-    spent = sum(run.seconds.values()) + start_seconds(run)
-    cells = (
-      f"{run.step:,}" + (f" of {run.steps:,}" if run.steps else ""),
-      plain(run.last("loss")),
-      plain(run.last("eval/loss")),
-      plain(run.last("eval/bits_per_byte")),
-      plain(best[1]) if best else UNKNOWN,
-      count(run.last("tokens")),
-      count(run.last("tokens_per_second")),
-      percent(run.last("mfu")),
-      percent(goodput(run)),
-      duration(spent) if spent else UNKNOWN,
-    )
+    step = f"{run.step:,}" + (f" of {run.steps:,}" if run.steps else "")
     rows.append(
-      f"<tr><th>{_key(i)}{escape(name)}</th>"
-      f'<td class="{state.kind}">{escape(state.words)}</td>'
-      + "".join(f'<td class="right">{escape(cell)}</td>' for cell in cells)
-      + "</tr>"
+      f'<tr><th>{_key(i)}{escape(name)}</th><td class="{state.kind}">{escape(state.words)}</td>'
+      f'<td class="right">{step}</td>{"".join(column[i] for column in columns)}</tr>'
     )
   return _scrolled("".join(rows)), _differing(runs, names)
+
+
+def _column(runs: Sequence[Run], value_of, written, best_of) -> list[str]:
+  values = [value_of(run) for run in runs]
+  known = [value for value in values if value is not None]
+  best = best_of(known) if best_of and len(set(known)) > 1 else None
+  return [
+    f'<td class="right{" best" * (value is not None and value == best)}">{escape(written(value))}</td>'
+    for value in values
+  ]
 
 
 def _differing(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -172,14 +169,6 @@ def _differing(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 def _key(index: int) -> str:
   return f'<b class="key k{index % 8} before"></b>'
-
-
-def _row(cells: Sequence[str], header: bool) -> str:
-  return (
-    "<tr>"
-    + "".join(f"<th{' class=right' * (i > 1)}>{escape(cell)}</th>" for i, cell in enumerate(cells))
-    + "</tr>"
-  )
 
 
 def _scrolled(rows: str) -> str:

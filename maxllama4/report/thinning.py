@@ -46,22 +46,32 @@ class Series:
     self._buckets: dict[int, Bucket] = {}  # by step // width, ascending
     self._width = 1
     self._step = -1
+    self._newest, self._newest_ends = (
+      Bucket(),
+      -1,
+    )  # the bucket of the step before, and the first step after it
     self.last: tuple[int, float] | None = None  # the newest finite point
 
   def add(self, step: int, value: float) -> None:
     """Steps ascend; a step that was there before means that the run went back to it, and takes its future back."""
+    if not self._step < step < self._newest_ends:
+      self._open(step)
+    self._step = step
+    self._newest.add(step, value)
+    if math.isfinite(value):
+      self.last = (step, value)
+
+  def _open(self, step: int) -> None:
+    """Makes the bucket of `step` the newest."""
     index = step // self._width
     if step <= self._step:
       self._buckets = {i: bucket for i, bucket in self._buckets.items() if i < index}
-    self._step = step
-    bucket = self._buckets.get(index)
-    if bucket is None:
-      bucket = self._buckets[index] = Bucket()
-    bucket.add(step, value)
-    if math.isfinite(value):
-      self.last = (step, value)
+    if index not in self._buckets:
+      self._buckets[index] = Bucket()
     if len(self._buckets) > BUCKETS:
       self._halve()
+      index = step // self._width
+    self._newest, self._newest_ends = self._buckets[index], (index + 1) * self._width
 
   def _halve(self) -> None:
     while len(self._buckets) > BUCKETS:

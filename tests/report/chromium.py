@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import io
 import json
 import os
@@ -32,9 +33,14 @@ FLAGS = (
 PATIENCE_SECONDS = 60
 
 
+@functools.cache
 def find_browser() -> str | None:
-  """The path of a Chromium or Chrome on PATH."""
-  return next(filter(None, map(shutil.which, NAMES)), None)
+  """The path of a Chromium or Chrome on PATH that starts; a distribution may ship a name without a browser."""
+  for path in filter(None, map(shutil.which, NAMES)):
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+      if subprocess.run([path, "--version"], capture_output=True, timeout=30).returncode == 0:
+        return path
+  return None
 
 
 class Browser:

@@ -8,7 +8,7 @@ from plausible_run import write_plausible_run
 from maxllama4.report import write_report
 
 pytestmark = pytest.mark.skipif(
-  find_browser() is None, reason=f"no browser on PATH, none of {', '.join(NAMES)}"
+  find_browser() is None, reason=f"no browser that starts is on PATH, none of {', '.join(NAMES)}"
 )
 
 # Elements whose own text is seen, with its contrast to what lies behind it (WCAG 2: (L1 + 0.05) / (L2 + 0.05)).

@@ -5,11 +5,14 @@ import os
 import re
 import xml.etree.ElementTree as ET
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 from plausible_run import write_plausible_run
 
 from maxllama4 import cli
 from maxllama4.report import write_report
+from maxllama4.report.page import build_page
 from maxllama4.report.run_files import read_run
 from maxllama4.report.summary import goodput, seconds_left, state_of
 
@@ -155,6 +158,68 @@ def test_any_beginning_of_the_files_makes_a_page(tmp_path, whole):
       text = path.read_bytes()
       (run / path.name).write_bytes(text[: int(share * len(text))])
     assert Elements(report(tmp_path, run)).open == []
+
+
+VALUES = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+  lambda inner: (
+    st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+  ),
+  max_leaves=8,
+)
+NAMES = st.sampled_from(
+  [
+    *(
+      "loss",
+      "tokens",
+      "mfu",
+      "step_seconds",
+      "learning_rate",
+      "eval/bits_per_byte",
+      "moe/max_load",
+      "x",
+    ),
+    *("moe/load_by_layer", "seconds/step", "seconds/new", "debug/gradients/max", "skipped_steps"),
+    *(
+      "event",
+      "reason",
+      "resumed",
+      "mesh",
+      "devices",
+      "startup_seconds",
+      "prompt",
+      "completion",
+      "time",
+    ),
+  ]
+)
+LINES = st.lists(
+  st.builds(
+    lambda line, more: line | more,
+    st.dictionaries(NAMES, VALUES, max_size=6),
+    st.fixed_dictionaries(
+      {"step": st.integers(0, 50) | VALUES},
+      optional={
+        "event": st.sampled_from(["started", "stopped", "skipped", "spike"]),
+        "completion": st.text(),
+      },
+    ),
+  ),
+  max_size=8,
+)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, database=None)
+@hypothesis.given(lines=LINES, settings=VALUES)
+def test_no_json_at_all_breaks_a_page(tmp_path_factory, lines, settings):
+  run = tmp_path_factory.mktemp("fuzz")
+  for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl"):
+    (run / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+  (run / "config.yml").write_text(json.dumps({"training": settings, "model": settings}))
+  for runs in ([run], [run, run]):
+    text = build_page([read_run(path) for path in runs], NOW)
+    assert Elements(text).open == []
+    text.encode("utf-8")
 
 
 def test_a_diverged_run_says_how_many_values_were_not_finite(tmp_path):
