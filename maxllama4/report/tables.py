@@ -52,7 +52,7 @@ def events_table(run: Run) -> str:
   rows = "".join(_event_row(event) for event in reversed(run.events))
   hidden = sum(run.num_events.values()) - len(run.events)
   before = f" The newest {len(run.events)} are shown." if hidden else ""
-  return f'<p class="quiet">{escape(counts)}.{before}</p><div class="scroll" tabindex="0"><table>{rows}</table></div>'
+  return f'<p class="quiet">{escape(counts)}.{before}</p><div class="scroll" tabindex="0"><table class="events">{rows}</table></div>'
 
 
 def _event_row(event: dict[str, Any]) -> str:
