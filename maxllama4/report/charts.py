@@ -95,7 +95,9 @@ def line_chart(
   y, above = _value_axis(curves, x, log, from_zero, clip_start)
   paths = "".join(_curve_paths(curve, y) for curve in curves)
   kinds = {kind for _, kind, _ in marks}
-  keys = [(f"k{curve.colour % NUM_COLOURS}", curve.name) for curve in curves if len(curves) > 1]
+  keys = [(f"k{curve.colour % NUM_COLOURS}", curve.name) for curve in curves]
+  if len(curves) == 1 and curves[0].name.lower() == title.lower():
+    keys = []
   keys += [("bad", "skipped or spike")] * ("bad" in kinds)
   keys += [("restart", "resumed")] * ("restart" in kinds)
   legend = _legend(keys) if keys else ""
@@ -145,6 +147,8 @@ def _padded(values: Sequence[float], *, from_zero: bool, log: bool = False) -> A
   if log:
     room = (high / low) ** 0.06
     return Axis(low / room, high * room, log=True)
+  if low == high == 0:
+    return Axis(0.0, 1.0)
   room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
   return Axis(low - room, high + room)
 

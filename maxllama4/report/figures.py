@@ -110,8 +110,9 @@ def layer_figures(run: Run) -> str:
   for key, (step, values) in sorted(run.by_layer.items()):
     points = [(i, value) for i, value in enumerate(values) if abs(value) < float("inf")]
     title = key.removeprefix(DEBUG).replace("/", ": ").replace("_", " ").capitalize()
+    title = f"{title}, step {step:,}"
     curves = [Curve(title, [points], dots=True)] if points else []
-    figures.append(line_chart(f"{title}, step {step:,}", curves, log=True, x_label="layer"))
+    figures.append(line_chart(title, curves, log=True, x_label="layer"))
     if len(points) < len(values):
       figures.append(
         f'<p class="note">{escape(title)} of {len(values) - len(points)} layers is not finite.</p>'

@@ -13,8 +13,8 @@ from maxllama4.report.text import UNKNOWN, count, duration, escape, percent, pla
 _OWN = {"run_dir"}
 _SHOWN_IN_EVENTS = {"time", "event", "step"}
 _SHOWN_IN_MACHINE = {
-  "devices", "hosts", "mesh", "parameters", "active_parameters", "jax", "python", "maxllama4",
-  "compile_seconds", "startup_seconds",
+  "devices", "device_kind", "hosts", "mesh", "parameters", "active_parameters", "compile_seconds",
+  "startup_seconds", "jax", "flax", "python", "maxllama4",
 }  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def machine_table(run: Run) -> str:
     ("active for a token", _count(event.get("active_parameters"))),
     ("compilation", _seconds(event.get("compile_seconds"))),
     ("start to first step", _seconds(event.get("startup_seconds"))),
-    ("JAX", event.get("jax")),
+    ("JAX, Flax", _versions(event)),
     ("Python", event.get("python")),
     ("maxllama4", event.get("maxllama4")),
   ]
@@ -180,6 +180,11 @@ def _value(value: Any) -> str:
   if isinstance(value, str):
     return value
   return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _versions(event: dict[str, Any]) -> str | None:
+  known = [str(event[name]) for name in ("jax", "flax") if name in event]
+  return ", ".join(known) or None
 
 
 def _count(value: Any) -> str | None:

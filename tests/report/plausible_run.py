@@ -40,6 +40,7 @@ STARTED = {
   "parameters": 17_200_000_000,
   "active_parameters": 2_610_000_000,
   "jax": "0.10.2",
+  "flax": "0.12.8",
   "python": "3.12.4",
   "maxllama4": "0.1.0",
   "compile_seconds": 61.3,

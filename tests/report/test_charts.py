@@ -65,6 +65,13 @@ def test_a_figure_holds_its_data():
   assert paths_of(log, "line") == ["M0 0.00000 10 3.00000"]
 
 
+def test_a_legend_names_every_curve_that_the_title_does_not():
+  loss, host = Curve("Loss", [[(0, 1.0)]]), Curve("host memory", [[(0, 1.0)]])
+  assert "legend" not in line_chart("Loss", [loss])
+  assert "</b>host memory<" in line_chart("Memory", [host])
+  assert all(f"</b>{name}<" in line_chart("Loss", [loss, host]) for name in ("Loss", "host memory"))
+
+
 def test_nothing_is_drawn_of_nothing():
   assert line_chart("t", [Curve("c", ())]) == "" and line_chart("t", []) == ""
   assert stacked_chart("t", ["a"], []) == "" and stacked_chart("t", ["a"], [(0, 1, [0.0])]) == ""
