@@ -100,9 +100,13 @@ def train_command(words: Sequence[str]) -> None:
   path, overrides = need_config(words)
   config = load_config(path, overrides)
   from maxllama4.decoding.request import continuations
+  from maxllama4.report import write_report
   from maxllama4.training.loop import Extras, train  # late: `show` and `--help` should not wait
 
-  train(config, Extras(sample=continuations))
+  def report(run_dir: pathlib.Path) -> None:
+    write_report([run_dir], run_dir / "report.html")
+
+  train(config, Extras(report=report, sample=continuations))
 
 
 def replay_command(words: Sequence[str]) -> None:

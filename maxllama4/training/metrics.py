@@ -26,6 +26,7 @@ METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 SPENT_ON = ("data", "checkpoint", "evaluation", "other")
+MAX_REPORT_SHARE = 0.02  # of a run's time that goes into rewriting its report
 PAUSES = ("evaluation", "other")  # not counted in the seconds of a step
 # Dense bf16 FLOPs a second of one JAX device, by the start of its `device_kind`.
 PEAK_FLOPS = {
@@ -95,9 +96,17 @@ class RunWriter:
     self._append(SAMPLES_FILE, {"step": step, "prompt": prompt, "completion": completion})
 
   def report(self) -> None:
-    if self._report is not None:
+    """Rewrites the report; a large one, that takes long, less often."""
+    if self._report is None:
+      return
+    start = time.monotonic()
+    try:
       self._report(self._run_dir)
+    except OSError as error:  # no reason to lose the run
+      print(f"{self._run_dir}: no report was written ({error.strerror})", file=sys.stderr)
     self._reported = time.monotonic()
+    if self._every:
+      self._every = max(self._every, (self._reported - start) / MAX_REPORT_SHARE)
 
   def close(self) -> None:
     if self._is_writer:
