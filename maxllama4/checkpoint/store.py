@@ -50,15 +50,17 @@ class CheckpointStore:
 
   @property
   def steps(self) -> list[int]:
-    """Steps that have a committed checkpoint, oldest first."""
-    return list_steps(self._folder)
+    """Steps that have a committed checkpoint, oldest first, as process 0 sees them."""
+    return gather_json(list_steps(self._folder))[0]
 
   def save(self, step: int, model: Arrays, rest: Any, position: dict[str, Any]) -> None:
     """Copies the state off the device, then writes it in the background; each layer of a stack by itself.
 
-    Raises: CheckpointError when this save cannot begin, or the one before has failed.
+    A step that has a checkpoint keeps it. Raises: CheckpointError when this save cannot begin, or the one before has failed.
     """
     self.wait()
+    if step in self.steps:
+      return
     layer_by_layer = {
       path: ocp.SaveArgs(shard_axes=(0,) if is_stacked(path) else ()) for path in model
     }
@@ -103,7 +105,7 @@ class CheckpointStore:
     """
     self.wait()
     passed_over: list[tuple[int, str]] = []
-    for step in reversed(gather_json(self.steps)[0]):
+    for step in reversed(self.steps):
       damage = self._find_damage(step)
       if damage is None:
         try:
@@ -177,7 +179,7 @@ class CheckpointStore:
       write_record(self._folder / str(step), jax.process_index())
       if jax.process_index() == 0:
         keep, keep_every = self._config.keep, self._config.keep_every
-        for old in self.steps[:-keep]:
+        for old in list_steps(self._folder)[:-keep]:
           if not keep_every or old % keep_every:
             self._delete(old)
 

@@ -70,6 +70,7 @@ class RunWriter:
     self._reported = time.monotonic()
     for name in (METRICS_FILE, SAMPLES_FILE):
       take_back(self._run_dir / name, first_step)
+    take_back(self._run_dir / EVENTS_FILE, math.inf)
     self._board = SummaryWriter(str(self._run_dir), purge_step=first_step + 1)
     self._wandb = open_wandb(config)
 
@@ -108,8 +109,12 @@ class RunWriter:
 
   def _append(self, name: str, line: dict[str, Any]) -> None:
     if self._is_writer:
-      with (self._run_dir / name).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+      path = self._run_dir / name
+      try:
+        with path.open("a", encoding="utf-8") as file:
+          file.write(json.dumps(line, ensure_ascii=False) + "\n")
+      except OSError as error:  # a write says no path of its own
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
   def _to_board(self, name: str, value: Any, step: int) -> None:
     """Numbers and lists of them as scalars, lists of lists as a histogram each."""
@@ -122,7 +127,7 @@ class RunWriter:
       self._board.add_scalar(name, value, step)
 
 
-def take_back(path: pathlib.Path, last_step: int) -> None:
+def take_back(path: pathlib.Path, last_step: float) -> None:
   """Leaves out of a file of JSON lines those after `last_step`, and what is no whole line."""
   if not path.exists():
     return
