@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -199,6 +200,8 @@ class CheckpointStore:
     try:
       yield
     except Exception as error:
+      # Python would print these at its exit, of what Orbax left lying.
+      warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
       raise CheckpointError(
         f"checkpoint {self._folder / str(step)} {what}: {_reason(error)}."
       ) from error

@@ -154,6 +154,7 @@ class Run:
       self.state, taken.metrics = train_step(self.state, self._place(taken.batch))
       self.profiler.after(step, self.state)
       self._check(taken, first)
+      self.store.check()
       values = {}
       if step == steps or is_due(step, training.log_every):
         values |= self._log(taken)
