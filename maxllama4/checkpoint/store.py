@@ -6,12 +6,14 @@ unfinished goes with the next save; what turns out to be damaged is kept aside a
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import logging
 import os
 import pathlib
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,8 +45,7 @@ class CheckpointStore:
   def __init__(self, run_dir: str | pathlib.Path, config: CheckpointConfig | None = None):
     self._folder = pathlib.Path(run_dir).absolute() / CHECKPOINTS
     self._config = config or CheckpointConfig()
-    # Orbax also prints each error that it raises, with its traceback.
-    logging.getLogger("absl").addFilter(_is_not_from_orbax)
+    _silence_repetitions()
     self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._saving: concurrent.futures.Future | None = None
@@ -200,8 +201,6 @@ class CheckpointStore:
     try:
       yield
     except Exception as error:
-      # Python would print these at its exit, of what Orbax left lying.
-      warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
       raise CheckpointError(
         f"checkpoint {self._folder / str(step)} {what}: {_reason(error)}."
       ) from error
@@ -224,8 +223,24 @@ def _reason(error: Exception) -> str:
   return words if len(words) <= 400 else f"{words[:400]} ..."
 
 
+def _silence_repetitions() -> None:
+  """Of a failed save, Orbax and TensorStore print what they also raise, with tracebacks, and what they drop."""
+  logging.getLogger("absl").addFilter(_is_not_from_orbax)
+  warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+  if not hasattr(sys.excepthook, "before_orbax"):
+    hook = functools.partial(_print_exception, sys.excepthook)
+    hook.before_orbax = sys.excepthook
+    sys.excepthook = hook
+
+
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:
   return record.levelno < logging.ERROR or "orbax" not in pathlib.Path(record.pathname).parts
+
+
+def _print_exception(hook: Callable, kind: type, error: BaseException, traceback: Any) -> None:
+  """As `hook` does, unless it is a write that ended after the failed save it was part of."""
+  if str(error) != "Event loop is closed":
+    hook(kind, error, traceback)
 
 
 def gather_json(value: Any) -> list[Any]:
