@@ -227,20 +227,19 @@ def _silence_repetitions() -> None:
   """Of a failed save, Orbax and TensorStore print what they also raise, with tracebacks, and what they drop."""
   logging.getLogger("absl").addFilter(_is_not_from_orbax)
   warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-  if not hasattr(sys.excepthook, "before_orbax"):
-    hook = functools.partial(_print_exception, sys.excepthook)
-    hook.before_orbax = sys.excepthook
-    sys.excepthook = hook
+  hook = sys.unraisablehook
+  if getattr(hook, "func", None) is not _print_unraisable:
+    sys.unraisablehook = functools.partial(_print_unraisable, hook)
 
 
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:
   return record.levelno < logging.ERROR or "orbax" not in pathlib.Path(record.pathname).parts
 
 
-def _print_exception(hook: Callable, kind: type, error: BaseException, traceback: Any) -> None:
+def _print_unraisable(hook: Callable, unraisable: Any) -> None:
   """As `hook` does, unless it is a write that ended after the failed save it was part of."""
-  if str(error) != "Event loop is closed":
-    hook(kind, error, traceback)
+  if str(unraisable.exc_value) != "Event loop is closed":
+    hook(unraisable)
 
 
 def gather_json(value: Any) -> list[Any]:
