@@ -22,7 +22,7 @@ from maxllama4.config import CheckpointConfig, DataConfig, config_to_dict
 from maxllama4.model.weights import arrays_of
 
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS, EVAL_EVERY = 90, 5
+STEPS, EVAL_EVERY = 50, 5
 # What the clock and the machine decide.
 UNSTEADY = re.compile(r"step_seconds|tokens_per_second|mfu|seconds/.*|memory/.*")
 # Processes are forked from one that has imported everything: a start is then half as long.
@@ -36,10 +36,7 @@ def run_train(words, log):
   for descriptor, path in ((1, log), (2, f"{log}.err")):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
   sys.argv = ["train.py", *words]
-  try:
-    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-  finally:
-    print("CPU", time.process_time())
+  runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
 class Run:
@@ -132,7 +129,7 @@ MOMENTS = {
   "start-up": (lambda run, before: True, 2.5),
   "first batch": (lambda run, before: "compiled in" in run.said(), 0.2),
   "step": (lambda run, before: len(run.steps_said()) >= 6, 0.1),
-  "saving": (lambda run, before: len(run.steps_said()) > 3 and run.is_saving(), 0.03),
+  "saving": (lambda run, before: len(run.steps_said()) > 3 and run.is_saving(), 0.02),
   "saved": (lambda run, before: bool({c for c in run.checkpoints() if c.isdigit()} - before), 0.02),
   "evaluation": (lambda run, before: run.is_evaluating(), 0.05),
 }
@@ -163,9 +160,8 @@ def test_a_run_killed_twenty_times_at_any_moment_is_the_uninterrupted_one_to_the
   run, landed = Run(config, config.with_name("killed")), []
   for moment in moments:
     landed += kill_at(run, moment, rng)
-    print(moment, run.steps_said()[-1:], landed[-2:], file=sys.stderr)
   assert len(moments) == 20
-  for place, least in {"before the first step": 4, "mid-save": 3, "evaluating": 1}.items():
+  for place, least in {"before the first step": 4, "mid-save": 2, "evaluating": 1}.items():
     assert landed.count(place) >= least, landed
   code, said, error = run.finish()
   assert code == 0 and "resumed from step" in said, error
