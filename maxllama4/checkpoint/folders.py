@@ -2,18 +2,20 @@
 
 import dataclasses
 import pathlib
+import warnings
 
 import jax
 import jax.numpy as jnp
 import yaml
 
+from maxllama4.checkpoint.checksums import find_damage
 from maxllama4.checkpoint.convert import FORMATS, Conversion, save
 from maxllama4.checkpoint.hf import HuggingFaceFolder, ModelTensors
 from maxllama4.checkpoint.llama import LlamaFolder
 from maxllama4.checkpoint.meta import PARAMS, MetaFolder
 from maxllama4.checkpoint.run_tensors import RunTensors
 from maxllama4.checkpoint.safetensors_files import read_json
-from maxllama4.checkpoint.store import CHECKPOINTS, CheckpointStore
+from maxllama4.checkpoint.store import CHECKPOINTS, CheckpointError, CheckpointStore, list_steps
 from maxllama4.checkpoint.tensors import TensorSource
 from maxllama4.config import (
   ConfigError,
@@ -77,12 +79,11 @@ def save_model(model: Llama4ForCausalLM, path: str | pathlib.Path, format: str) 
   )
   store = CheckpointStore(path)
   store.save(0, arrays_of(model), {"step": jnp.zeros((), jnp.int32)}, {})
-  store.wait()
   store.close()
 
 
 def find_run(path: pathlib.Path) -> tuple[pathlib.Path, int]:
-  """The run directory that `path` is or lies in, and the step: the one that `path` names, else the newest."""
+  """The run directory that `path` is or lies in, and the step: the one that `path` names, else the newest whole one."""
   if path.name.isdigit() and path.parent.name == CHECKPOINTS:
     run_dir, wanted = path.parent.parent, int(path.name)
   else:
@@ -92,12 +93,24 @@ def find_run(path: pathlib.Path) -> tuple[pathlib.Path, int]:
       f"checkpoint={path} holds no model: neither config.json (Hugging Face), {PARAMS} (Meta), nor config.yml and"
       f" {CHECKPOINTS}/ (a run directory); check the path."
     )
-  store = CheckpointStore(run_dir)
-  steps = store.steps
-  store.close()
+  steps = list_steps(run_dir / CHECKPOINTS)
   if not steps or (wanted is not None and wanted not in steps):
     raise ConfigError(f"checkpoint={path} is not among the checkpoints of {run_dir}: {steps}.")
-  return run_dir, steps[-1] if wanted is None else wanted
+  return run_dir, _newest_whole(run_dir, [wanted] if wanted is not None else steps)
+
+
+def _newest_whole(run_dir: pathlib.Path, steps: list[int]) -> int:
+  """The last of `steps` whose model is as it was written; warns of each that is passed over."""
+  problems = []
+  for step in reversed(steps):
+    folder = run_dir / CHECKPOINTS / str(step)
+    damage = find_damage(folder, item="model")
+    if damage is None:
+      for problem in problems:
+        warnings.warn(f"{problem}; step {step} is read instead.", stacklevel=2)
+      return step
+    problems.append(f"checkpoint {folder} is damaged: {damage}")
+  raise CheckpointError(f"no checkpoint of {run_dir} can be read ({'; '.join(problems)}).")
 
 
 def read_run_config(run_dir: pathlib.Path, dtype: str | None) -> ModelConfig:

@@ -18,6 +18,7 @@ import tensorstore
 import yaml
 
 from maxllama4.checkpoint import tensors as pieces
+from maxllama4.checkpoint.checksums import remove_records
 from maxllama4.checkpoint.hf import tensor_table, warn_of_biases
 from maxllama4.checkpoint.safetensors_files import read_json
 from maxllama4.checkpoint.store import CHECKPOINTS, CheckpointStore
@@ -116,8 +117,8 @@ class RunWriter(TensorSink):
     store = CheckpointStore(self._folder)
     stand_ins = {path: jnp.zeros(1, self._dtype(path, s)) for path, s in template.shapes.items()}
     store.save(0, stand_ins, {"step": jnp.zeros((), jnp.int32)}, {})
-    store.wait()
     store.close()
+    remove_records(self._model.parent)  # of the stand-ins
     tensors = {tensor.path: tensor for tensor in self._table}
     for path, shape in template.shapes.items():
       dtype = self._dtype(path, shape)

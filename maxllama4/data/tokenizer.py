@@ -27,6 +27,7 @@ import tokenizers
 from maxllama4.config import ConfigError
 from maxllama4.data.chat import END_OF_MESSAGE, END_OF_TURN, ChatTemplate, Message
 from maxllama4.data.sources import DataError, DocumentSource
+from maxllama4.files import write_whole
 
 TOKENIZER_FILE = "tokenizer.model"
 HUGGING_FACE_FILE = "tokenizer.json"
@@ -438,9 +439,7 @@ def train_tokenizer(
     raise _training_failure(vocab_size, str(error)) from None
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  unfinished.write_bytes(model.getvalue())
-  os.replace(unfinished, path)
+  write_whole(path, model.getvalue())
   return load_tokenizer(path)
 
 

@@ -15,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from maxllama4.checkpoint.store import CheckpointStore, gather_json
 from maxllama4.config import Config, ConfigError, config_to_dict, read_yaml
 from maxllama4.data.loader import make_eval_batches, make_loader, merge_states, prepare_tokenizer
+from maxllama4.files import write_whole
 from maxllama4.mesh import build_mesh
 from maxllama4.model.llama4 import count_parameters, train_flops_per_token
 from maxllama4.model.weights import ModelTemplate
@@ -38,6 +39,7 @@ from maxllama4.training.signals import StopRequest
 from maxllama4.training.state import TrainState, abstract_state, init_state
 from maxllama4.training.step import make_train_step
 
+CONFIG_FILE = "config.yml"
 LOAD_MAPS = 100  # of experts by layer that metrics.jsonl holds, about, however long the run
 
 
@@ -78,12 +80,13 @@ def train(config: Config, extras: Extras | None = None) -> None:
   with StopRequest(progress.say) as stop:
     mesh = build_mesh(config)
     run_dir = pathlib.Path(config.run_dir)
-    keep_config(config, run_dir)
+    check_model(config, run_dir)
     use_compilation_cache(config)
     tokenizer = prepare_tokenizer(config, run_dir, process_index=jax.process_index())
     with use_mesh(mesh, config.mesh) as context:
       run = Run(config, context, tokenizer, progress, stop, extras or Extras())
       run.resume()
+      keep_config(config, run_dir)  # now that nothing has refused the run
       run.loop()
   progress.say(f"{'stopped' if run.stopped else 'done'}: {run_dir}")
 
@@ -118,17 +121,16 @@ class Run:
       self.evaluate = Evaluation(config, self.template, context, held_out)
 
   def resume(self) -> None:
-    """Restores the newest checkpoint, or starts afresh."""
+    """Restores the newest whole checkpoint, or starts afresh."""
     self.resumed = bool(self.store.steps)
     if not self.resumed:
       self.state = init_state(
         self.template, self.optimizer, self.config.training.seed, self.context
       )
       return
-    step = self.store.steps[-1]
     shapes = abstract_state(self.template, self.optimizer, self.context)
     rest = {"step": shapes.step, "optimizer": shapes.optimizer, "health": shapes.health}
-    model, rest, position = self.store.restore(step, shapes.model, rest)
+    step, model, rest, position = self.store.restore_newest(shapes.model, rest, self.progress.say)
     self.state = TrainState(model=model, **rest)
     self.tokens = position["tokens"]
     self.loader.set_state(position["loader"])
@@ -152,6 +154,7 @@ class Run:
       self.state, taken.metrics = train_step(self.state, self._place(taken.batch))
       self.profiler.after(step, self.state)
       self._check(taken, first)
+      self.store.check()
       values = {}
       if step == steps or is_due(step, training.log_every):
         values |= self._log(taken)
@@ -340,21 +343,25 @@ def is_due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def keep_config(config: Config, run_dir: pathlib.Path) -> None:
-  """Writes the resolved configuration into the run. Raises: ConfigError when the run is of another model."""
-  path = run_dir / "config.yml"
-  tree = config_to_dict(config)
+def check_model(config: Config, run_dir: pathlib.Path) -> None:
+  """Raises: ConfigError when the run directory is of another model."""
+  path = run_dir / CONFIG_FILE
   if path.exists():
-    earlier = read_yaml(path)
-    for name, value in tree["model"].items():
-      if earlier.get("model", {}).get(name) != value:
+    earlier = read_yaml(path).get("model", {})
+    for name, value in config_to_dict(config)["model"].items():
+      if earlier.get(name) != value:
         raise ConfigError(
-          f"model.{name}={value}, but {path} was trained with {earlier.get('model', {}).get(name)}; set run_dir to"
-          " a new folder, or the model as it was."
+          f"model.{name}={value}, but {path} was trained with {earlier.get(name)}; set run_dir to a new folder, or the"
+          " model as it was."
         )
+
+
+def keep_config(config: Config, run_dir: pathlib.Path) -> None:
+  """Writes the resolved configuration into the run."""
   if jax.process_index() == 0:
     run_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    text = yaml.safe_dump(config_to_dict(config), sort_keys=False)
+    write_whole(run_dir / CONFIG_FILE, text.encode())
 
 
 def use_compilation_cache(config: Config) -> None:

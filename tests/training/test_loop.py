@@ -183,6 +183,13 @@ def test_a_run_directory_of_another_model_is_refused(config, whole):
   assert load_config(whole / "config.yml") == config
 
 
+def test_a_run_that_is_refused_for_its_data_keeps_its_configuration(config, whole):
+  training = dataclasses.replace(config.training, steps=9, seed=1)
+  with pytest.raises(ConfigError, match=r"training.seed=1, but .* was taken with 0"):
+    train(dataclasses.replace(config, training=training))
+  assert load_config(whole / "config.yml") == config
+
+
 def test_settings_of_training_may_change_in_a_run_directory(config, tmp_path):
   keep_config(config, tmp_path)
   longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=9))
