@@ -235,6 +235,7 @@ class Run:
   def _fail(self, taken: StepTaken, reason: str) -> None:
     """Keeps the failed step, and a checkpoint of the state before it, from which the run goes on."""
     step = taken.step
+    self._unchecked.clear()  # what came after it moved nothing
     self.state = self.state.resumable()
     diagnosis = make_diagnosis(self.config, self.template)
     diagnosis = to_plain(diagnosis(self.state.model, self._place(taken.batch)))
