@@ -58,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if debug:
       traceback.print_exc()
     else:
-      print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+      message = " ".join(str(error).split()) or type(error).__name__
+      # A word that is not UTF-8 may be named in it.
+      print(f"error: {message.encode(errors='backslashreplace').decode()}", file=sys.stderr)
     return 2 if isinstance(error, ConfigError) else 1
   return 0
 
@@ -134,12 +136,9 @@ def decode_command(words: Sequence[str]) -> None:
   checkpoint = request.checkpoint or (config and config.run_dir)
   if not checkpoint:
     raise ConfigError("name a model: checkpoint=PATH, or a configuration whose run_dir holds one.")
-  folder = pathlib.Path(checkpoint)
-  model = load_model(folder, dtype="float32" if config is None else config.model.dtype)
-  if config is not None and config.data.tokenizer:
-    tokenizer = load_tokenizer(config.data.tokenizer)
-  else:
-    tokenizer = load_tokenizer(open_source(folder).folder)
+  source = open_source(checkpoint)
+  tokenizer = load_tokenizer((config and config.data.tokenizer) or source.folder)
+  model = load_model(checkpoint, dtype="float32" if config is None else config.model.dtype)
   answer(model, tokenizer, request)
 
 

@@ -9,13 +9,14 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "maxllama4"
 # What the modules of each part may import besides their own; parts are folders and top-level modules.
-FOUNDATION = {"settings", "files", "rope_scaling", "config"}
+FOUNDATION = {"settings", "files", "rope_scaling", "model_config", "config"}
 MODEL = FOUNDATION | {"mesh", "sharding", "kernels", "model"}
 MAY_IMPORT = {
   "settings": set(),
   "files": set(),
   "rope_scaling": {"settings"},
-  "config": {"settings", "rope_scaling"},
+  "model_config": {"settings", "rope_scaling"},
+  "config": {"settings", "rope_scaling", "model_config"},
   "mesh": FOUNDATION,
   "sharding": FOUNDATION,
   "kernels": set(),

@@ -1,6 +1,7 @@
 """Whatever folder holds a model, to a model; and back."""
 
 import dataclasses
+import os
 import pathlib
 import warnings
 
@@ -21,12 +22,13 @@ from maxllama4.config import (
   ConfigError,
   MeshConfig,
   ModelConfig,
-  config_from_section,
   model_to_section,
   read_yaml,
+  require,
 )
 from maxllama4.model.llama4 import Llama4ForCausalLM
 from maxllama4.model.weights import ModelTemplate, arrays_of
+from maxllama4.settings import config_from_file
 from maxllama4.sharding import MeshContext
 
 
@@ -36,10 +38,12 @@ def open_source(path: str | pathlib.Path) -> TensorSource:
   Raises: ConfigError when there is no model, or none that we support.
   """
   path = pathlib.Path(path)
-  if (path / "config.json").exists():
+  if os.path.exists(
+    path / "config.json"
+  ):  # unlike the path's own answer, false for a name too long
     is_llama = read_json(path / "config.json").get("model_type") == "llama"
     return LlamaFolder(path) if is_llama else HuggingFaceFolder(path)
-  if (path / PARAMS).exists():
+  if os.path.exists(path / PARAMS):
     return MetaFolder(path)
   run_dir, step = find_run(path)
   return RunTensors(run_dir, step, read_run_config(run_dir, None))
@@ -88,7 +92,7 @@ def find_run(path: pathlib.Path) -> tuple[pathlib.Path, int]:
     run_dir, wanted = path.parent.parent, int(path.name)
   else:
     run_dir, wanted = path, None
-  if not (run_dir / "config.yml").exists() or not (run_dir / CHECKPOINTS).is_dir():
+  if not os.path.exists(run_dir / "config.yml") or not os.path.isdir(run_dir / CHECKPOINTS):
     raise ConfigError(
       f"checkpoint={path} holds no model: neither config.json (Hugging Face), {PARAMS} (Meta), nor config.yml and"
       f" {CHECKPOINTS}/ (a run directory); check the path."
@@ -115,6 +119,12 @@ def _newest_whole(run_dir: pathlib.Path, steps: list[int]) -> int:
 
 def read_run_config(run_dir: pathlib.Path, dtype: str | None) -> ModelConfig:
   """The architecture of a run directory, to compute in `dtype` (None: as the run did)."""
-  tree = read_yaml(run_dir / "config.yml")
-  section = {**tree["model"], "dtype": dtype or tree["dtype"], "param_dtype": tree["param_dtype"]}
-  return config_from_section(ModelConfig, section, f"{run_dir / 'config.yml'}: model.")
+  path = run_dir / "config.yml"
+  tree = read_yaml(path)
+  require(isinstance(tree.get("model"), dict), f"{path}: model must be a section of settings.")
+  section = {
+    **tree["model"],
+    "dtype": dtype or tree.get("dtype"),
+    "param_dtype": tree.get("param_dtype"),
+  }
+  return config_from_file(ModelConfig, section, path, "model.")

@@ -80,7 +80,7 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
       header = json.loads(file.read(length))
       header.pop("__metadata__", None)
       entries = {name: _entry(path, 8 + length, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
       raise ConfigError(f"{path} has no safetensors header ({error}); copy it again.") from None
   end = max((entry.offset + num_bytes(entry.shape) for entry in entries.values()), default=0)
   if end > size:
@@ -93,8 +93,13 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
 def _entry(path: pathlib.Path, start: int, entry: dict[str, Any]) -> Entry:
   if entry["dtype"] not in _DTYPES:
     raise ValueError(f"dtype {entry['dtype']} is unknown")
-  shape = jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(_DTYPES[entry["dtype"]]))
-  return Entry(path, start + entry["data_offsets"][0], shape)
+  shape, (first, end) = entry["shape"], entry["data_offsets"]
+  if not all(type(number) is int and number >= 0 for number in (*shape, first, end)):
+    raise ValueError(f"{entry} is no shape and place")
+  tensor = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(_DTYPES[entry["dtype"]]))
+  if end - first != num_bytes(tensor):
+    raise ValueError(f"{entry} has {end - first} bytes where {num_bytes(tensor)} were expected")
+  return Entry(path, start + first, tensor)
 
 
 class SafetensorsWriter:
@@ -139,12 +144,27 @@ class SafetensorsWriter:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The object in a file. Raises: ConfigError when there is none."""
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
     raise ConfigError(f"{path} cannot be read ({error.strerror}); check the path.") from None
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ConfigError(f"{path} is not valid JSON ({error}).") from None
+  if not isinstance(content, dict):
+    raise ConfigError(f"{path} holds a JSON {type(content).__name__} where an object was expected.")
+  return content
+
+
+def check_kinds(raw: dict[str, Any], kinds: dict[str, type], source: str | pathlib.Path) -> None:
+  """Checks values of a JSON object that are not null. Raises: ConfigError naming `source` and the first that is wrong."""
+  for name, kind in kinds.items():
+    value = raw.get(name)
+    if value is not None and type(value) is not kind:
+      raise ConfigError(f"{source}: {name}={value!r} must be a JSON {_KINDS[kind]}.")
+
+
+_KINDS = {dict: "object", list: "array", int: "whole number", str: "string"}
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

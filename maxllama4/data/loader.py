@@ -24,7 +24,7 @@ import numpy as np
 
 from maxllama4.config import Config, ConfigError
 from maxllama4.data.packing import Batch, RowPacker, count_target_bytes, padding, stack_rows
-from maxllama4.data.sources import Document, DocumentSource, Excerpts, open_documents
+from maxllama4.data.sources import DataError, Document, DocumentSource, Excerpts, open_documents
 from maxllama4.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, train_tokenizer
 
 State = dict[str, Any]  # plain values, ready for JSON
@@ -52,6 +52,8 @@ def prepare_tokenizer(
     path = pathlib.Path(run_dir) / TOKENIZER_FILE
     if not path.exists() and process_index == 0:
       documents = open_documents(config.data, "train")
+      if config.training.eval_every:
+        open_documents(config.data, "held_out")  # complains now, before anything is written
       train_tokenizer(documents, config.model.vocab_size, path, config.training.seed)
     _wait_for(path, timeout_seconds)
     tokenizer = load_tokenizer(path)
@@ -224,6 +226,8 @@ def make_eval_batches(
     lacking = training.batch_size - len(chunk)
     chunk += [padding((training.sequence_length,), tokenizer.pad_token_id)] * lacking
     batches.append(stack_rows(chunk[rows.start : rows.stop]))
+  if num_bytes == 0:
+    raise DataError(f"the {len(documents)} documents to evaluate on hold no text.")
   return EvalSet(batches, num_bytes)
 
 

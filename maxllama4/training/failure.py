@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maxllama4.checkpoint.safetensors_files import read_json
 from maxllama4.checkpoint.store import CheckpointStore
 from maxllama4.config import Config, ConfigError, load_config, require
 from maxllama4.data.packing import ROW_DTYPES
@@ -71,9 +73,11 @@ def read_batch(folder: pathlib.Path) -> dict[str, np.ndarray]:
   """The whole batch in `folder`. Raises: ConfigError when it is none that `write_failure` left."""
   parts = []
   for path in sorted(folder.glob("batch-*.npz"), key=lambda path: int(path.stem.split("-")[1])):
-    with np.load(path, allow_pickle=False) as arrays:
-      require(set(arrays) == set(ROW_DTYPES), f"{path} is not a batch of a failed step.")
-      parts.append(dict(arrays))
+    try:
+      with np.load(path, allow_pickle=False) as arrays:
+        parts.append({name: arrays[name] for name in ROW_DTYPES})
+    except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
+      raise ConfigError(f"{path} is not a batch of a failed step ({error}).") from None
   require(bool(parts), f"{folder} holds no batch; name a folder of RUN/{FAILURES}.")
   return {name: np.concatenate([part[name] for part in parts]) for name in ROW_DTYPES}
 
@@ -86,7 +90,8 @@ def replay(folder: str | pathlib.Path, overrides: Sequence[str]) -> dict[str, An
   """
   folder = pathlib.Path(folder)
   batch = read_batch(folder)
-  step = json.loads((folder / FAILURE_FILE).read_text(encoding="utf-8"))["step"]
+  step = read_json(folder / FAILURE_FILE).get("step")
+  require(isinstance(step, int), f"{folder / FAILURE_FILE} names no step.")
   run_dir = folder.absolute().parent.parent
   config = load_config(run_dir / "config.yml", overrides)
   config = dataclasses.replace(config, run_dir=str(run_dir))

@@ -1,19 +1,21 @@
 """A run from its configuration: batch, step, log, evaluate, checkpoint."""
 
 import collections
+import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
 from maxllama4.checkpoint.store import CheckpointStore, gather_json
-from maxllama4.config import Config, ConfigError, config_to_dict, read_yaml
+from maxllama4.config import Config, config_to_dict, read_yaml, require
 from maxllama4.data.loader import make_eval_batches, make_loader, merge_states, prepare_tokenizer
 from maxllama4.files import write_whole
 from maxllama4.mesh import build_mesh
@@ -72,6 +74,8 @@ def train(config: Config, extras: Extras | None = None) -> None:
   SIGTERM and Ctrl-C stop it after the step (or evaluation) under way, with a checkpoint. Raises: TrainingFailure at a
   step whose numbers are bad, unless `training.skip_nonfinite`.
   """
+  template = ModelTemplate(config.model, config.training.frozen)
+  optimizer = make_optimizer(config.optimizer, config.training.steps, template)
   hosts = config.distributed
   if hosts.enabled:
     jax.distributed.initialize(hosts.coordinator_address, hosts.num_processes, hosts.process_id)
@@ -79,16 +83,13 @@ def train(config: Config, extras: Extras | None = None) -> None:
   progress = Progress(config.training.steps)
   with StopRequest(progress.say) as stop:
     mesh = build_mesh(config)
-    run_dir = pathlib.Path(config.run_dir)
-    check_model(config, run_dir)
-    use_compilation_cache(config)
-    tokenizer = prepare_tokenizer(config, run_dir, process_index=jax.process_index())
-    with use_mesh(mesh, config.mesh) as context:
-      run = Run(config, context, tokenizer, progress, stop, extras or Extras())
+    check_run_dir(config)
+    with compilation_cache_of(config), use_mesh(mesh, config.mesh) as context:
+      run = Run(config, context, template, optimizer, progress, stop, extras or Extras())
       run.resume()
-      keep_config(config, run_dir)  # now that nothing has refused the run
+      keep_config(config)  # only now: what is refused leaves nothing behind
       run.loop()
-  progress.say(f"{'stopped' if run.stopped else 'done'}: {run_dir}")
+  progress.say(f"{'stopped' if run.stopped else 'done'}: {config.run_dir}")
 
 
 class Run:
@@ -98,27 +99,30 @@ class Run:
     self,
     config: Config,
     context: MeshContext,
-    tokenizer: Any,
+    template: ModelTemplate,
+    optimizer: optax.GradientTransformation,
     progress: Progress,
     stop: StopRequest,
     extras: Extras,
   ):
     self.config, self.context, self.progress = config, context, progress
-    self.tokenizer, self.stop, self.extras = tokenizer, stop, extras
+    self.stop, self.extras = stop, extras
     self.clock = Clock()
     self.stopped = False
-    self.template = ModelTemplate(config.model, config.training.frozen)
-    self.optimizer = make_optimizer(config.optimizer, config.training.steps, self.template)
+    self.template, self.optimizer = template, optimizer
     self.schedule = learning_rate_schedule(config.optimizer, config.training.steps)
-    self.store = CheckpointStore(config.run_dir, config.checkpoint)
     self.tokens = 0  # counted targets up to the last time somebody asked
     self._unchecked: collections.deque[StepTaken] = collections.deque()
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    self.loader = make_loader(config, tokenizer, **hosts)
+    process, count = jax.process_index(), jax.process_count()
+    self.tokenizer = prepare_tokenizer(config, config.run_dir, process_index=process)
+    check_samples(config, self.tokenizer)
+    hosts = {"process_index": process, "process_count": count}
+    self.loader = make_loader(config, self.tokenizer, **hosts)
     self.evaluate = None
     if config.training.eval_every:
-      held_out = make_eval_batches(config, tokenizer, **hosts)
+      held_out = make_eval_batches(config, self.tokenizer, **hosts)
       self.evaluate = Evaluation(config, self.template, context, held_out)
+    self.store = CheckpointStore(config.run_dir, config.checkpoint)
 
   def resume(self) -> None:
     """Restores the newest whole checkpoint, or starts afresh."""
@@ -344,32 +348,62 @@ def is_due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def check_model(config: Config, run_dir: pathlib.Path) -> None:
-  """Raises: ConfigError when the run directory is of another model."""
-  path = run_dir / CONFIG_FILE
-  if path.exists():
-    earlier = read_yaml(path).get("model", {})
-    for name, value in config_to_dict(config)["model"].items():
-      if earlier.get(name) != value:
-        raise ConfigError(
-          f"model.{name}={value}, but {path} was trained with {earlier.get(name)}; set run_dir to a new folder, or the"
-          " model as it was."
-        )
+def check_samples(config: Config, tokenizer: Any) -> None:
+  """Raises: ConfigError when a prompt of `reporting` would not fit into the model at the first evaluation."""
+  limit = config.model.max_position_embeddings
+  for i, prompt in enumerate(config.reporting.sample_prompts):
+    tokens = 1 + len(tokenizer.encode(prompt)) + config.reporting.sample_tokens
+    require(
+      tokens <= limit,
+      f"reporting.sample_prompts[{i}] and reporting.sample_tokens={config.reporting.sample_tokens} make {tokens} tokens"
+      f" where the model has {limit} positions (model.max_position_embeddings); shorten them.",
+    )
 
 
-def keep_config(config: Config, run_dir: pathlib.Path) -> None:
+def check_run_dir(config: Config) -> None:
+  """Raises: ConfigError when the run's directory holds a run whose state has another shape."""
+  path = pathlib.Path(config.run_dir) / CONFIG_FILE
+  if not path.exists():
+    return
+  earlier, tree = read_yaml(path), config_to_dict(config)
+  fixed = [f"model.{name}" for name in tree["model"]] + ["optimizer.name", "training.frozen"]
+  for name in fixed:
+    section, key = name.split(".")
+    before = earlier.get(section)
+    require(isinstance(before, dict), f"{path}: {section} must be a section of settings.")
+    require(
+      before.get(key) == tree[section][key],
+      f"{name}={tree[section][key]}, but {path} was trained with {before.get(key)}; set run_dir to a new folder, or"
+      f" {name} as it was.",
+    )
+
+
+def keep_config(config: Config) -> None:
   """Writes the resolved configuration into the run."""
   if jax.process_index() == 0:
+    run_dir = pathlib.Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config_to_dict(config), sort_keys=False)
     write_whole(run_dir / CONFIG_FILE, text.encode())
 
 
-def use_compilation_cache(config: Config) -> None:
+@contextlib.contextmanager
+def compilation_cache_of(config: Config) -> Iterator[None]:
   """Keeps compiled programs for the next start of this run, or of any that shares the folder."""
   folder = config.compilation_cache
-  jax.config.update("jax_enable_compilation_cache", folder is not None)
+  settings = {"jax_enable_compilation_cache": folder is not None}
   if folder is not None:
-    compilation_cache.reset_cache()  # in case this process has used another
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.run_dir, folder)))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    settings["jax_compilation_cache_dir"] = str(pathlib.Path(config.run_dir, folder).absolute())
+    settings["jax_persistent_cache_min_compile_time_secs"] = 0.1
+  before = {name: getattr(jax.config, name) for name in settings}
+  _set_compilation_cache(settings)
+  try:
+    yield
+  finally:
+    _set_compilation_cache(before)
+
+
+def _set_compilation_cache(settings: dict[str, Any]) -> None:
+  compilation_cache.reset_cache()  # JAX opens a folder once
+  for name, value in settings.items():
+    jax.config.update(name, value)

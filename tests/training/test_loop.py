@@ -18,7 +18,7 @@ from maxllama4.config import (
   OptimizerConfig,
   ReportingConfig,
 )
-from maxllama4.training.loop import Extras, is_due, keep_config, train
+from maxllama4.training.loop import Extras, check_run_dir, is_due, keep_config, train
 from maxllama4.training.signals import StopRequest
 
 MODEL = tiny_config(vocab_size=320, initializer_range=0.1)
@@ -191,9 +191,11 @@ def test_a_run_that_is_refused_for_its_data_keeps_its_configuration(config, whol
 
 
 def test_settings_of_training_may_change_in_a_run_directory(config, tmp_path):
-  keep_config(config, tmp_path)
+  config = dataclasses.replace(config, run_dir=str(tmp_path))
+  keep_config(config)
   longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=9))
-  keep_config(longer, tmp_path)
+  check_run_dir(longer)
+  keep_config(longer)
   assert load_config(tmp_path / "config.yml") == longer
 
 
