@@ -13,13 +13,14 @@ import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
 from maxllama4.checkpoint.store import CheckpointStore, gather_json
-from maxllama4.config import Config, ConfigError, config_to_dict, read_yaml
+from maxllama4.config import Config, ConfigError, DistributedConfig, config_to_dict, read_yaml
 from maxllama4.data.loader import make_eval_batches, make_loader, merge_states, prepare_tokenizer
+from maxllama4.hosts import start_hosts
 from maxllama4.mesh import build_mesh
 from maxllama4.model.llama4 import count_parameters, train_flops_per_token
 from maxllama4.model.weights import ModelTemplate
 from maxllama4.sharding import MeshContext, use_mesh
-from maxllama4.training.evaluate import Evaluation, place_batch
+from maxllama4.training.evaluate import Evaluation, local_rows, place_batch
 from maxllama4.training.failure import TrainingFailure, make_diagnosis, write_failure
 from maxllama4.training.health import FINE, REASONS
 from maxllama4.training.metrics import (
@@ -70,10 +71,13 @@ def train(config: Config, extras: Extras | None = None) -> None:
   SIGTERM and Ctrl-C stop it after the step (or evaluation) under way, with a checkpoint. Raises: TrainingFailure at a
   step whose numbers are bad, unless `training.skip_nonfinite`.
   """
-  hosts = config.distributed
-  if hosts.enabled:
-    jax.distributed.initialize(hosts.coordinator_address, hosts.num_processes, hosts.process_id)
   check_wandb(config)
+  with start_hosts(config):
+    train_on_devices(config, extras or Extras())
+
+
+def train_on_devices(config: Config, extras: Extras) -> None:
+  """`train`, once JAX knows the devices of all hosts."""
   progress = Progress(config.training.steps)
   with StopRequest(progress.say) as stop:
     mesh = build_mesh(config)
@@ -82,7 +86,7 @@ def train(config: Config, extras: Extras | None = None) -> None:
     use_compilation_cache(config)
     tokenizer = prepare_tokenizer(config, run_dir, process_index=jax.process_index())
     with use_mesh(mesh, config.mesh) as context:
-      run = Run(config, context, tokenizer, progress, stop, extras or Extras())
+      run = Run(config, context, tokenizer, progress, stop, extras)
       run.resume()
       run.loop()
   progress.say(f"{'stopped' if run.stopped else 'done'}: {run_dir}")
@@ -110,11 +114,11 @@ class Run:
     self.store = CheckpointStore(config.run_dir, config.checkpoint)
     self.tokens = 0  # counted targets up to the last time somebody asked
     self._unchecked: collections.deque[StepTaken] = collections.deque()
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    self.loader = make_loader(config, tokenizer, **hosts)
+    self.rows = local_rows(config, context)
+    self.loader = make_loader(config, tokenizer, self.rows)
     self.evaluate = None
     if config.training.eval_every:
-      held_out = make_eval_batches(config, tokenizer, **hosts)
+      held_out = make_eval_batches(config, tokenizer, self.rows)
       self.evaluate = Evaluation(config, self.template, context, held_out)
 
   def resume(self) -> None:
@@ -202,7 +206,7 @@ class Run:
     return StepTaken(step, batch, position)
 
   def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    return place_batch(batch, self.context.sharding(("batch", "length")))
+    return place_batch(batch, self.config, self.context)
 
   def _check(self, taken: StepTaken, first: int) -> None:
     """Looks at the verdict on the step before `taken`, so that the device never waits for the host."""
@@ -236,7 +240,7 @@ class Run:
     diagnosis = make_diagnosis(self.config, self.template)
     diagnosis = to_plain(diagnosis(self.state.model, self._place(taken.batch)))
     documents = self.loader.describe(taken.batch, taken.position)
-    folder = write_failure(self.config, step, reason, taken.batch, documents, diagnosis)
+    folder = write_failure(self.config, step, reason, taken.batch, self.rows, documents, diagnosis)
     if step - 1 not in self.store.steps:
       self._save(step - 1, taken.position)
     self.store.wait()
@@ -341,9 +345,14 @@ def is_due(step: int, every: int) -> bool:
 
 
 def keep_config(config: Config, run_dir: pathlib.Path) -> None:
-  """Writes the resolved configuration into the run. Raises: ConfigError when the run is of another model."""
+  """Writes the resolved configuration into the run. Raises: ConfigError when the run is of another model.
+
+  Process 0 does. Where the processes run is left out: the run may go on elsewhere.
+  """
+  if jax.process_index() != 0:
+    return
   path = run_dir / "config.yml"
-  tree = config_to_dict(config)
+  tree = config_to_dict(dataclasses.replace(config, distributed=DistributedConfig()))
   if path.exists():
     earlier = read_yaml(path)
     for name, value in tree["model"].items():
@@ -352,9 +361,8 @@ def keep_config(config: Config, run_dir: pathlib.Path) -> None:
           f"model.{name}={value}, but {path} was trained with {earlier.get('model', {}).get(name)}; set run_dir to"
           " a new folder, or the model as it was."
         )
-  if jax.process_index() == 0:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+  run_dir.mkdir(parents=True, exist_ok=True)
+  path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
 
 
 def use_compilation_cache(config: Config) -> None:
