@@ -142,11 +142,11 @@ class Coordinator(Links):
 
   def _admit(self, newcomer: Connection, settings: Message) -> None:
     hello = newcomer.receive(HELLO_SECONDS)
-    if hello is None or not {"process_id", "num_processes", "settings"} <= set(hello):
+    if hello is None or not isinstance(hello.get("process_id"), int):
       newcomer.close()  # a stranger
       return
-    place, earlier = hello["process_id"], self._members.get(hello["process_id"])
-    problem = None
+    place, problem = hello["process_id"], None
+    earlier = self._members.get(place)
     if hello["num_processes"] != self.num_processes or place not in self._unfinished:
       problem = (
         f"a process came as number {place} of {hello['num_processes']}, but process 0 waits for 1 to"
@@ -156,9 +156,10 @@ class Coordinator(Links):
       problem = f"two processes came with distributed.process_id={place}; give each its own."
     else:
       problem = _difference(settings, hello["settings"], place)
-    self._members[place] = newcomer  # also one that is told about a problem
     if problem:
+      newcomer.send({"stop": problem, "code": 2})
       raise self._refusal(ConfigError(problem))
+    self._members[place] = newcomer
 
   def _refusal(self, error: Exception) -> Exception:
     """`error`, of which all that have come are told."""
@@ -169,9 +170,8 @@ class Coordinator(Links):
     for member in self._members.values():
       member.send({"stop": sentence, "code": code})
     deadline = time.monotonic() + LEAVE_SECONDS
-    for watcher in (
-      self._watchers
-    ):  # each ends as its process hangs up; who leaves before cuts the message off
+    # Each watcher ends as its process hangs up; to leave before that could cut the message off.
+    for watcher in self._watchers:
       if watcher is not threading.current_thread():
         watcher.join(max(0, deadline - time.monotonic()))
 
