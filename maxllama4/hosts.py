@@ -87,14 +87,15 @@ def find_place(config: DistributedConfig, variables: Variables | None = None) ->
   variables = os.environ if variables is None else variables
   if config.enabled is False:
     return None
-  given = {
-    name: value
-    for name, value in dataclasses.asdict(config).items()
-    if name in ("coordinator_address", "num_processes", "process_id") and value is not None
+  asked = {
+    "coordinator_address": config.coordinator_address,
+    "num_processes": config.num_processes,
+    "process_id": config.process_id,
   }
-  place = None if len(given) == 3 else _place_in_cluster(variables)
+  given = {name: value for name, value in asked.items() if value is not None}
+  missing = [name for name in asked if name not in given]
+  place = _place_in_cluster(variables) if missing else None
   if place is None:
-    missing = sorted({"coordinator_address", "num_processes", "process_id"} - set(given))
     if missing and (given or config.enabled):
       raise ConfigError(
         f"distributed.{missing[0]} is not set, and neither {' nor '.join(CLUSTERS)} nor a TPU pod says what it is; set"
@@ -106,6 +107,11 @@ def find_place(config: DistributedConfig, variables: Variables | None = None) ->
   address = given.pop("coordinator_address", f"{place.host}:{place.port}")
   host, _, port = address.rpartition(":")
   place = dataclasses.replace(place, host=host.strip("[]"), port=int(port), **given)
+  if place.process_id >= place.num_processes:
+    raise ConfigError(
+      f"this is process {place.process_id} of {place.num_processes} (distributed, or what the cluster says); they are"
+      " numbered from 0."
+    )
   return place if place.num_processes > 1 else None
 
 

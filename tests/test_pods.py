@@ -142,6 +142,11 @@ def test_a_request_that_cannot_be_met_names_what_is_missing(settings, missing):
     place(**settings)
 
 
+def test_a_setting_that_contradicts_the_cluster_is_a_mistake():
+  with pytest.raises(ConfigError, match="this is process 2 of 2"):
+    place(SLURM, num_processes=2)
+
+
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
