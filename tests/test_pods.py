@@ -39,7 +39,7 @@ def place(variables=(), **settings):
 
 def test_a_process_that_nobody_gave_others_is_alone():
   assert place() is None
-  assert place(SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+  assert place(SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) is None
   assert place({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}) is None
   assert place(num_processes=1, process_id=0, coordinator_address="host0:8476") is None
   # In a batch script or an interactive shell: an allocation, but no step of several tasks.
