@@ -256,12 +256,32 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
-  """Several processes, one a host, as one run. TPU pods and Slurm say the rest; elsewhere set all of it."""
+  """Several processes, one a host, as one run; see hosts.py. What is null, a TPU pod, GKE or Slurm says."""
 
-  enabled: bool = False
+  enabled: bool | None = None  # null: whether somebody says that there are several
   coordinator_address: str | None = None  # host:port of process 0
   num_processes: int | None = None
   process_id: int | None = None  # from 0
+  start_timeout_seconds: int = 300  # for all of them to come
+
+  def __post_init__(self):
+    address, count, place = self.coordinator_address, self.num_processes, self.process_id
+    for name in ("start_timeout_seconds", "num_processes"):
+      if getattr(self, name) is not None:
+        positive("distributed", self, name)
+    require(
+      self.enabled is not False or (address, count, place) == (None, None, None),
+      "distributed.enabled=false, but distributed also says which process this is; null one of them.",
+    )
+    require(
+      place is None or 0 <= place < (count or math.inf),
+      f"distributed.process_id={place} must be from 0 to distributed.num_processes={count} less 1.",
+    )
+    host, _, port = (address or "host0:8476").rpartition(":")
+    require(
+      bool(host) and port.isdecimal() and 0 < int(port) < 65536,
+      f"distributed.coordinator_address={address} is not host:port, such as host0:8476.",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

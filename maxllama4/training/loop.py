@@ -1,28 +1,25 @@
 """A run from its configuration: batch, step, log, evaluate, checkpoint."""
 
 import collections
-import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-import yaml
-from jax.experimental.compilation_cache import compilation_cache
 
 from maxllama4.checkpoint.store import CheckpointStore, gather_json
-from maxllama4.config import Config, config_to_dict, read_yaml, require
+from maxllama4.config import Config, require
 from maxllama4.data.loader import make_eval_batches, make_loader, merge_states, prepare_tokenizer
-from maxllama4.files import write_whole
+from maxllama4.hosts import start_hosts
 from maxllama4.mesh import build_mesh
 from maxllama4.model.llama4 import count_parameters, train_flops_per_token
 from maxllama4.model.weights import ModelTemplate
 from maxllama4.sharding import MeshContext, use_mesh
-from maxllama4.training.evaluate import Evaluation, place_batch
+from maxllama4.training.evaluate import Evaluation, local_rows, place_batch
 from maxllama4.training.failure import TrainingFailure, make_diagnosis, write_failure
 from maxllama4.training.health import FINE, REASONS
 from maxllama4.training.metrics import (
@@ -37,11 +34,11 @@ from maxllama4.training.metrics import (
 )
 from maxllama4.training.optimizer import learning_rate_schedule, make_optimizer
 from maxllama4.training.profiler import Profiler
+from maxllama4.training.run_dir import check_run_dir, compilation_cache_of, keep_config
 from maxllama4.training.signals import StopRequest
 from maxllama4.training.state import TrainState, abstract_state, init_state
 from maxllama4.training.step import make_train_step
 
-CONFIG_FILE = "config.yml"
 LOAD_MAPS = 100  # of experts by layer that metrics.jsonl holds, about, however long the run
 
 
@@ -74,18 +71,21 @@ def train(config: Config, extras: Extras | None = None) -> None:
   SIGTERM and Ctrl-C stop it after the step (or evaluation) under way, with a checkpoint. Raises: TrainingFailure at a
   step whose numbers are bad, unless `training.skip_nonfinite`.
   """
-  template = ModelTemplate(config.model, config.training.frozen)
-  optimizer = make_optimizer(config.optimizer, config.training.steps, template)
-  hosts = config.distributed
-  if hosts.enabled:
-    jax.distributed.initialize(hosts.coordinator_address, hosts.num_processes, hosts.process_id)
   check_wandb(config)
+  with start_hosts(config):
+    train_on_devices(config, extras or Extras())
+
+
+def train_on_devices(config: Config, extras: Extras) -> None:
+  """`train`, once JAX knows the devices of all hosts."""
   progress = Progress(config.training.steps)
   with StopRequest(progress.say) as stop:
     mesh = build_mesh(config)
     check_run_dir(config)
+    template = ModelTemplate(config.model, config.training.frozen)
+    optimizer = make_optimizer(config.optimizer, config.training.steps, template)
     with compilation_cache_of(config), use_mesh(mesh, config.mesh) as context:
-      run = Run(config, context, template, optimizer, progress, stop, extras or Extras())
+      run = Run(config, context, template, optimizer, progress, stop, extras)
       run.resume()
       keep_config(config)  # only now: what is refused leaves nothing behind
       run.loop()
@@ -113,14 +113,13 @@ class Run:
     self.schedule = learning_rate_schedule(config.optimizer, config.training.steps)
     self.tokens = 0  # counted targets up to the last time somebody asked
     self._unchecked: collections.deque[StepTaken] = collections.deque()
-    process, count = jax.process_index(), jax.process_count()
-    self.tokenizer = prepare_tokenizer(config, config.run_dir, process_index=process)
+    self.tokenizer = prepare_tokenizer(config, config.run_dir, process_index=jax.process_index())
     check_samples(config, self.tokenizer)
-    hosts = {"process_index": process, "process_count": count}
-    self.loader = make_loader(config, self.tokenizer, **hosts)
+    self.rows = local_rows(config, context)
+    self.loader = make_loader(config, self.tokenizer, self.rows)
     self.evaluate = None
     if config.training.eval_every:
-      held_out = make_eval_batches(config, self.tokenizer, **hosts)
+      held_out = make_eval_batches(config, self.tokenizer, self.rows)
       self.evaluate = Evaluation(config, self.template, context, held_out)
     self.store = CheckpointStore(config.run_dir, config.checkpoint)
 
@@ -209,7 +208,7 @@ class Run:
     return StepTaken(step, batch, position)
 
   def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    return place_batch(batch, self.context.sharding(("batch", "length")))
+    return place_batch(batch, self.config, self.context)
 
   def _check(self, taken: StepTaken, first: int) -> None:
     """Looks at the verdict on the step before `taken`, so that the device never waits for the host."""
@@ -244,7 +243,7 @@ class Run:
     diagnosis = make_diagnosis(self.config, self.template)
     diagnosis = to_plain(diagnosis(self.state.model, self._place(taken.batch)))
     documents = self.loader.describe(taken.batch, taken.position)
-    folder = write_failure(self.config, step, reason, taken.batch, documents, diagnosis)
+    folder = write_failure(self.config, step, reason, taken.batch, self.rows, documents, diagnosis)
     if step - 1 not in self.store.steps:
       self._save(step - 1, taken.position)
     self.store.wait()
@@ -358,52 +357,3 @@ def check_samples(config: Config, tokenizer: Any) -> None:
       f"reporting.sample_prompts[{i}] and reporting.sample_tokens={config.reporting.sample_tokens} make {tokens} tokens"
       f" where the model has {limit} positions (model.max_position_embeddings); shorten them.",
     )
-
-
-def check_run_dir(config: Config) -> None:
-  """Raises: ConfigError when the run's directory holds a run whose state has another shape."""
-  path = pathlib.Path(config.run_dir) / CONFIG_FILE
-  if not path.exists():
-    return
-  earlier, tree = read_yaml(path), config_to_dict(config)
-  fixed = [f"model.{name}" for name in tree["model"]] + ["optimizer.name", "training.frozen"]
-  for name in fixed:
-    section, key = name.split(".")
-    before = earlier.get(section)
-    require(isinstance(before, dict), f"{path}: {section} must be a section of settings.")
-    require(
-      before.get(key) == tree[section][key],
-      f"{name}={tree[section][key]}, but {path} was trained with {before.get(key)}; set run_dir to a new folder, or"
-      f" {name} as it was.",
-    )
-
-
-def keep_config(config: Config) -> None:
-  """Writes the resolved configuration into the run."""
-  if jax.process_index() == 0:
-    run_dir = pathlib.Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config_to_dict(config), sort_keys=False)
-    write_whole(run_dir / CONFIG_FILE, text.encode())
-
-
-@contextlib.contextmanager
-def compilation_cache_of(config: Config) -> Iterator[None]:
-  """Keeps compiled programs for the next start of this run, or of any that shares the folder."""
-  folder = config.compilation_cache
-  settings = {"jax_enable_compilation_cache": folder is not None}
-  if folder is not None:
-    settings["jax_compilation_cache_dir"] = str(pathlib.Path(config.run_dir, folder).absolute())
-    settings["jax_persistent_cache_min_compile_time_secs"] = 0.1
-  before = {name: getattr(jax.config, name) for name in settings}
-  _set_compilation_cache(settings)
-  try:
-    yield
-  finally:
-    _set_compilation_cache(before)
-
-
-def _set_compilation_cache(settings: dict[str, Any]) -> None:
-  compilation_cache.reset_cache()  # JAX opens a folder once
-  for name, value in settings.items():
-    jax.config.update(name, value)

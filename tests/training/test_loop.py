@@ -18,7 +18,8 @@ from maxllama4.config import (
   OptimizerConfig,
   ReportingConfig,
 )
-from maxllama4.training.loop import Extras, check_run_dir, is_due, keep_config, train
+from maxllama4.training.loop import Extras, is_due, train
+from maxllama4.training.run_dir import check_run_dir, keep_config
 from maxllama4.training.signals import StopRequest
 
 MODEL = tiny_config(vocab_size=320, initializer_range=0.1)
