@@ -190,7 +190,11 @@ def test_a_run_directory_of_another_model_is_refused(config, whole):
     ("optimizer", {"name": "muon"}, r"optimizer\.name=muon.* trained with adamw"),
     ("training", {"frozen": ("embed",)}, r"training\.frozen=\['embed'\].* trained with \[\]"),
     ("training", {"seed": 1}, r"training\.seed=1, but the checkpoint's data position"),
-    ("training", {"batch_size": 32}, r"training\.batch_size=32, but the checkpoint's data position"),
+    (
+      "training",
+      {"batch_size": 32},
+      r"training\.batch_size=32, but the checkpoint's data position",
+    ),
     (
       "reporting",
       {"sample_prompts": ("ab" * 60,)},
