@@ -14,8 +14,10 @@ import jax
 import numpy as np
 
 from maxllama4.checkpoint.safetensors_files import (
+  Entry,
   FileView,
   SafetensorsWriter,
+  check_kinds,
   num_bytes,
   read_header,
   read_json,
@@ -164,11 +166,17 @@ def _vision_tensors(config: ModelConfig) -> list[Tensor]:
 def model_config_from_hf(raw: dict[str, Any], dtype: str, source: pathlib.Path) -> ModelConfig:
   """`ModelConfig` from a config.json in its old (4.51) or new (5.x) spelling, with a vision tower or text only."""
   images: dict[str, Any] = dict.fromkeys(("vision_config", *IMAGE_TOKENS))
-  if "text_config" in raw:
-    images = {"vision_config": _vision_section(raw, source)}
+  check_kinds(raw, source, text_config=dict, vision_config=dict)
+  if raw.get("text_config") is not None:
+    require(raw.get("vision_config"), f"{source}: vision_config is missing; text_config needs it.")
+    images = {"vision_config": _vision_section(raw["vision_config"], source)}
     images |= {name: raw.get(name, default) for name, default in IMAGE_TOKENS.items()}
     outer = {name: raw[name] for name in ("dtype", "torch_dtype") if raw.get(name)}
     raw = {**raw["text_config"], **outer}
+  check_kinds(raw, source, num_hidden_layers=int, interleave_moe_layer_step=int, moe_layers=list)
+  check_kinds(raw, source, no_rope_layers=list, layer_types=list, no_rope_layer_interval=int)
+  check_kinds(raw, source, rope_scaling=dict, rope_parameters=dict)
+  require(raw.get("num_hidden_layers"), f"{source}: num_hidden_layers is missing; set it.")
   for name, only in (
     ("model_type", "llama4_text"),
     ("attention_bias", False),
@@ -179,7 +187,7 @@ def model_config_from_hf(raw: dict[str, Any], dtype: str, source: pathlib.Path) 
   rope = raw.get("rope_parameters") or {}
   scaling = rope if raw.get("rope_scaling") is None else raw["rope_scaling"]
   num_layers = raw["num_hidden_layers"]
-  nope_layers, nope_interval = _nope_layers(raw, num_layers)
+  nope_layers, nope_interval, has_chunks = _nope_layers(raw, num_layers, source)
   step = raw.get("interleave_moe_layer_step", 1)
   moe_layers = raw.get("moe_layers")
   if moe_layers == [i for i in range(num_layers) if step and (i + 1) % step == 0]:
@@ -191,6 +199,7 @@ def model_config_from_hf(raw: dict[str, Any], dtype: str, source: pathlib.Path) 
     "rope_scaling": rope_scaling_from_hf(scaling, _DEFAULTS | raw, source),
     "nope_layers": nope_layers,
     "nope_layer_interval": nope_interval,
+    **({} if has_chunks else {"attention_chunk_size": None}),
     "interleave_moe_layer_step": step,
     "moe_layers": moe_layers,
     "attn_temperature_tuning": bool(raw.get("attn_temperature_tuning", True)),
@@ -203,7 +212,8 @@ def model_config_from_hf(raw: dict[str, Any], dtype: str, source: pathlib.Path) 
 
 def _vision_section(raw: dict[str, Any], source: pathlib.Path) -> dict[str, Any]:
   """The section `vision_config`; what is silent there is as transformers has it."""
-  vision = {"rope_theta": 10000.0, **raw["vision_config"]}
+  check_kinds(raw, f"{source}: vision_config", rope_parameters=dict)
+  vision = {"rope_theta": 10000.0, **raw}
   rope = vision.get("rope_parameters") or {}
   vision["rope_theta"] = rope.get("rope_theta", vision["rope_theta"])
   if vision.get("multi_modal_projector_bias"):
@@ -242,23 +252,45 @@ _DEFAULTS = {
 }
 
 
-def _nope_layers(raw: dict[str, Any], num_layers: int) -> tuple[list[int] | None, int]:
-  """NoPE layers as a list (None where the interval says the same) and the interval."""
+def _nope_layers(
+  raw: dict[str, Any], num_layers: int, source: pathlib.Path
+) -> tuple[list[int] | None, int, bool]:
+  """NoPE layers as a list (None where the interval says the same), the interval, and whether RoPE goes with chunks.
+
+  `no_rope_layers` says where there is RoPE, and `layer_types` where there are chunks. Raises: ConfigError where they
+  contradict each other.
+  """
   interval = raw.get("no_rope_layer_interval") or 4
-  if raw.get("layer_types"):
-    nope = [i for i, kind in enumerate(raw["layer_types"]) if kind == "full_attention"]
-  elif raw.get("no_rope_layers"):  # 1 where RoPE is used; an empty list means the default
-    nope = [i for i, uses_rope in enumerate(raw["no_rope_layers"]) if not uses_rope]
-  else:
-    return None, interval
   regular = [i for i in range(num_layers) if (i + 1) % interval == 0]
-  return (None if nope == regular else nope), interval
+  nope = regular
+  if raw.get("no_rope_layers"):  # 1 where RoPE is used; an empty list means the default
+    _check_length(raw, "no_rope_layers", num_layers, source)
+    nope = [i for i in range(num_layers) if not raw["no_rope_layers"][i]]
+  with_rope = [i for i in range(num_layers) if i not in nope]
+  chunked = with_rope
+  if raw.get("layer_types"):
+    _check_length(raw, "layer_types", num_layers, source)
+    chunked = [i for i in range(num_layers) if raw["layer_types"][i] == "chunked_attention"]
+  require(
+    chunked in (with_rope, []),
+    f"{source}: layer_types has chunks in layers {chunked}, but layers {with_rope} have RoPE (no_rope_layers); only"
+    " layers with RoPE can be chunked, all or none.",
+  )
+  return None if nope == regular else nope, interval, chunked == with_rope
+
+
+def _check_length(raw: dict[str, Any], name: str, wanted: int, source: pathlib.Path) -> None:
+  require(
+    len(raw[name]) >= wanted,
+    f"{source}: {name} has {len(raw[name])} entries, fewer than num_hidden_layers={wanted}; add what is missing.",
+  )
 
 
 def rope_scaling_from_hf(
   scaling: dict[str, Any], raw: dict[str, Any], source: pathlib.Path
 ) -> dict[str, Any] | None:
   """The section `rope_scaling`; a length that it does not name is that of the whole config, `raw`."""
+  check_kinds(scaling, f"{source}: rope_scaling", rope_type=str, type=str)
   kind = scaling.get("rope_type") or scaling.get("type") or "default"  # `type` in the oldest files
   require(
     kind in ROPE_TYPES,
@@ -286,9 +318,14 @@ class HuggingFaceFolder(TensorSource):
     self.folder, self.name = folder, str(folder)
     config = self._read_config()
     self.files = [folder / "config.json", *_files(folder)]
-    self._places = {
-      name: entry for file in self.files[1:] for name, entry in read_header(file).items()
-    }
+    self._places: dict[str, Entry] = {}
+    for file in self.files[1:]:
+      entries = read_header(file)
+      twice = sorted(set(entries) & set(self._places))
+      require(
+        not twice, f"{file} holds {', '.join(twice)}, which another file does, too; keep one."
+      )
+      self._places |= entries
     self.tensors = {name: entry.shape for name, entry in self._places.items()}
     embedding = self.tensors.get(tensor_table(config)[0].name)
     dtype = config.param_dtype if embedding is None else str(embedding.dtype)
@@ -349,16 +386,19 @@ def warn_of_biases(biases: Iterable[Any]) -> None:
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The safetensors files of a folder; those of its index when it has one."""
-  if (folder / INDEX).exists():
-    names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-  else:
+  if not (folder / INDEX).exists():
     names = [SINGLE]
+  else:
+    index = read_json(folder / INDEX)
+    check_kinds(index, folder / INDEX, weight_map=dict)
+    names = list(dict.fromkeys(map(str, (index.get("weight_map") or {}).values())))
+    require(names, f"{folder / INDEX} names no files; copy it again.")
   for name in names:
     if pathlib.PurePath(name).name != name:
       raise ConfigError(f"{folder / INDEX} names {name!r}, a file outside its folder; refuse it.")
-    if not (folder / name).exists():
+    if not (folder / name).is_file():
       raise ConfigError(f"{folder / name} is missing; copy the whole checkpoint folder.")
-  return [folder / name for name in names]
+  return [folder / name for name in sorted(names)]
 
 
 # Writing
@@ -462,7 +502,6 @@ def _text_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     "num_local_experts",
     "num_experts_per_tok",
     "interleave_moe_layer_step",
-    "attention_chunk_size",
     "use_qk_norm",
     "attn_temperature_tuning",
     "attn_scale",
@@ -489,7 +528,12 @@ def _text_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     if config.floor_scale.is_integer()
     else config.floor_scale,
     "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+    # transformers cannot do without a size; then no layer is chunked, and to others all positions are one chunk.
+    "attention_chunk_size": config.attention_chunk_size or config.max_position_embeddings,
     "no_rope_layers": [int(kind.uses_rope) for kind in kinds],
-    "layer_types": ["chunked_attention" if kind.uses_rope else "full_attention" for kind in kinds],
+    "layer_types": [
+      "chunked_attention" if kind.uses_rope and config.attention_chunk_size else "full_attention"
+      for kind in kinds
+    ],
     "moe_layers": [i for i, kind in enumerate(kinds) if kind.is_moe],
   }

@@ -10,7 +10,7 @@ import pathlib
 from typing import Any
 
 from maxllama4.checkpoint import hf
-from maxllama4.checkpoint.safetensors_files import read_json
+from maxllama4.checkpoint.safetensors_files import check_kinds, read_json
 from maxllama4.checkpoint.tensors import Tensor
 from maxllama4.config import ModelConfig, config_from_section, require
 
@@ -48,6 +48,8 @@ _DENSE = {
 def read_config(source: pathlib.Path) -> ModelConfig:
   """The architecture in the config.json `source`. Raises: ConfigError for what is not supported."""
   raw = read_json(source)
+  check_kinds(raw, source, rope_scaling=dict, rope_parameters=dict)
+  check_kinds(raw, source, num_attention_heads=int, hidden_size=int)
   for name, only in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
     require(
       raw.get(name, only) == only,
@@ -55,12 +57,13 @@ def read_config(source: pathlib.Path) -> ModelConfig:
     )
   section = {name: raw.get(name, default) for name, default in _DEFAULTS.items()}
   heads = section["num_attention_heads"]
+  require(heads and heads > 0, f"{source}: num_attention_heads={heads} must be 1 or more.")
   rope = raw.get("rope_parameters") or {}
   scaling = raw.get("rope_scaling") or rope
   section |= {
     "intermediate_size_mlp": section["intermediate_size"],
     "num_key_value_heads": raw.get("num_key_value_heads") or heads,
-    "head_dim": raw.get("head_dim") or section["hidden_size"] // heads,
+    "head_dim": raw.get("head_dim") or (section["hidden_size"] or 0) // heads,
     "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
     "rope_scaling": hf.rope_scaling_from_hf(scaling, section | raw, source),
     "dtype": "float32",

@@ -32,6 +32,8 @@ _DTYPES = {
   "BOOL": "bool",
 }
 _CODES = {jnp.dtype(name): code for code, name in _DTYPES.items()}
+_MAX_HEADER_BYTES = 10**8  # as in the reference
+_KINDS = {int: "a whole number", str: "a text", list: "a list", dict: "an object"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +76,19 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
   size = path.stat().st_size
   with path.open("rb") as file:
     length = int.from_bytes(file.read(8), "little")
-    if length > size - 8:
+    if length > min(size - 8, _MAX_HEADER_BYTES):
       raise ConfigError(f"{path} is cut short, or no safetensors file; copy it again.")
     try:
       header = json.loads(file.read(length))
       header.pop("__metadata__", None)
-      entries = {name: _entry(path, 8 + length, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      entries = {name: _entry(path, 8 + length, name, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
       raise ConfigError(f"{path} has no safetensors header ({error}); copy it again.") from None
-  end = max((entry.offset + num_bytes(entry.shape) for entry in entries.values()), default=0)
+  end = 8 + length
+  for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
+    if entry.offset < end:
+      raise ConfigError(f"{path}: {name} overlaps the tensor before it; copy the file again.")
+    end = entry.offset + num_bytes(entry.shape)
   if end > size:
     raise ConfigError(
       f"{path} is cut short: {size} bytes where {end} were expected; copy it again."
@@ -90,11 +96,17 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
   return entries
 
 
-def _entry(path: pathlib.Path, start: int, entry: dict[str, Any]) -> Entry:
-  if entry["dtype"] not in _DTYPES:
-    raise ValueError(f"dtype {entry['dtype']} is unknown")
-  shape = jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(_DTYPES[entry["dtype"]]))
-  return Entry(path, start + entry["data_offsets"][0], shape)
+def _entry(path: pathlib.Path, start: int, name: str, entry: dict[str, Any]) -> Entry:
+  """What the header says of a tensor. Raises: ValueError when it contradicts itself."""
+  dtype, (begin, end) = entry["dtype"], entry["data_offsets"]
+  if dtype not in _DTYPES:
+    raise ValueError(f"{name} is of an unknown dtype, {dtype}")
+  if not all(type(number) is int and number >= 0 for number in (begin, end, *entry["shape"])):
+    raise ValueError(f"{name} has a shape or place that is none")
+  shape = jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(_DTYPES[dtype]))
+  if end - begin != num_bytes(shape):
+    raise ValueError(f"{name} has {end - begin} bytes where {num_bytes(shape)} were expected")
+  return Entry(path, start + begin, shape)
 
 
 class SafetensorsWriter:
@@ -139,12 +151,25 @@ class SafetensorsWriter:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The object in the file. Raises: ConfigError when there is none."""
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
     raise ConfigError(f"{path} cannot be read ({error.strerror}); check the path.") from None
-  except ValueError as error:
-    raise ConfigError(f"{path} is not valid JSON ({error}).") from None
+  except (ValueError, RecursionError) as error:
+    raise ConfigError(f"{path} is not valid JSON ({error}); copy it again.") from None
+  if not isinstance(value, dict):
+    raise ConfigError(f"{path} holds no JSON object; copy it again.")
+  return value
+
+
+def check_kinds(section: dict[str, Any], source: object, **kinds: type) -> None:
+  """Raises: ConfigError for a value in a `section` of the file `source` that is of another kind; null is of any."""
+  for name, kind in kinds.items():
+    value = section.get(name)
+    # bool is an int to Python
+    if value is not None and type(value) is not kind:
+      raise ConfigError(f"{source}: {name}={value!r} must be {_KINDS[kind]}.")
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
