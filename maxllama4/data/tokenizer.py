@@ -30,6 +30,14 @@ from maxllama4.data.sources import DataError, DocumentSource
 
 TOKENIZER_FILE = "tokenizer.model"
 HUGGING_FACE_FILE = "tokenizer.json"
+# What Hugging Face keeps beside a tokenizer: names of its special tokens, ends of a turn, how a dialog is written.
+BESIDE = (
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "generation_config.json",
+  "chat_template.jinja",
+)
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space; it cannot tell a real one from it
 TRAINING_CHARACTERS = (
   16_000_000  # of text that training reads at most; BPE takes 2 s per 10 million
@@ -106,6 +114,28 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
   In a folder that is `tokenizer.model` (SentencePiece or tiktoken), which the makers of a model hand out, or else
   `tokenizer.json` (Hugging Face). Raises: ConfigError when there is none, or the file is of an unknown kind.
   """
+  file, content = _read_tokenizer(path)
+  if content.startswith(b"{"):
+    return HuggingFaceTokenizer(content, file)
+  if TIKTOKEN_LINE.match(content):
+    return TiktokenTokenizer(content, file)
+  return SentencePieceTokenizer(content, file)
+
+
+def keep_tokenizer(path: str | os.PathLike, folder: str | os.PathLike) -> None:
+  """Copies the tokenizer in `path`, with what lies beside it, so that `folder` by itself gives the same one."""
+  file, content = _read_tokenizer(path)
+  folder = pathlib.Path(folder)
+  copies = {HUGGING_FACE_FILE if content.startswith(b"{") else TOKENIZER_FILE: content}
+  copies |= {
+    name: file.with_name(name).read_bytes() for name in BESIDE if file.with_name(name).is_file()
+  }
+  for name, copy in copies.items():
+    _write(folder / name, copy)
+
+
+def _read_tokenizer(path: str | os.PathLike) -> tuple[pathlib.Path, bytes]:
+  """The tokenizer's file in `path`, and its content. Raises: ConfigError when there is none."""
   path = pathlib.Path(path).expanduser()
   file = path
   if path.is_dir():
@@ -113,17 +143,20 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     if not file.exists() and (path / HUGGING_FACE_FILE).exists():
       file = path / HUGGING_FACE_FILE
   try:
-    content = file.read_bytes()
+    return file, file.read_bytes()
   except OSError as error:
     raise ConfigError(
       f"data.tokenizer={path}: {file} cannot be read ({error.strerror}); name a tokenizer's file, or a folder that"
       f" holds {TOKENIZER_FILE} or {HUGGING_FACE_FILE}."
     ) from None
-  if content.startswith(b"{"):
-    return HuggingFaceTokenizer(content, file)
-  if TIKTOKEN_LINE.match(content):
-    return TiktokenTokenizer(content, file)
-  return SentencePieceTokenizer(content, file)
+
+
+def _write(path: pathlib.Path, content: bytes) -> None:
+  """Writes the file as a whole, or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  unfinished.write_bytes(content)
+  os.replace(unfinished, path)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -436,11 +469,7 @@ def train_tokenizer(
     )
   except RuntimeError as error:
     raise _training_failure(vocab_size, str(error)) from None
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  unfinished.write_bytes(model.getvalue())
-  os.replace(unfinished, path)
+  _write(pathlib.Path(path), model.getvalue())
   return load_tokenizer(path)
 
 
