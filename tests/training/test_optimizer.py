@@ -145,12 +145,17 @@ def test_muon_orthogonalises_each_matrix_of_a_stack_and_leaves_the_rest_to_adam(
       assert 0.01 < np.sqrt(np.mean(moved**2)) < 0.03, path  # AdamW's are about 0.2 x 0.1
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_what_gets_no_gradient_moves_only_where_it_decays_and_a_vision_tower_does_not(name):
+@pytest.mark.parametrize(
+  ("name", "model"),
+  [
+    ("adamw", dataclasses.replace(tiny_vision_config(num_hidden_layers=1), num_hidden_layers=1)),
+    ("muon", tiny_config(num_hidden_layers=1)),
+  ],
+  ids=["adamw, vision", "muon"],
+)
+def test_what_gets_no_gradient_moves_only_where_it_decays_and_a_vision_tower_does_not(name, model):
   """The data are texts: decay alone would wear down a tower that no gradient reaches."""
-  template = ModelTemplate(
-    dataclasses.replace(tiny_vision_config(num_hidden_layers=1), num_hidden_layers=1)
-  )
+  template = ModelTemplate(model)
   config = OptimizerConfig(name=name, schedule="constant", weight_decay=0.2)
   params, _ = split_trainable(tiny_arrays(template.config), template)
   optimizer = make_optimizer(config, 10, template)

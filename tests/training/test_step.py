@@ -255,7 +255,8 @@ def test_texts_train_a_model_with_a_vision_tower_as_they_train_one_without():
   moments = optimizer.init(split_trainable(arrays, template)[0])
   step = make_train_step(config, template, optimizer, learning_rate_schedule(config.optimizer, 10))
   batch = packed_batch(8, 10)
-  state, metrics = jax.jit(step)(TrainState(jnp.zeros((), jnp.int32), arrays, moments), batch)
+  state = TrainState(jnp.zeros((), jnp.int32), arrays, moments, Health.fresh())
+  state, metrics = jax.jit(step)(state, batch)
   moved = {path for path in arrays if np.any(state.model[path] != arrays[path])}
   assert moved == set(ModelTemplate(text).shapes)
   sums = make_eval_step(tiny_run(text), ModelTemplate(text))({p: arrays[p] for p in moved}, batch)
