@@ -263,6 +263,7 @@ LLAMA4_PATTERN = "|".join(
   )
 )
 
+LLAMA3_MERGES = 128_000
 # A token's bytes and its rank.
 TIKTOKEN_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)\r?(?:\n|\Z)")
 # Longer texts and runs without a change between space and other characters would crash tiktoken, or take it a time
@@ -280,6 +281,11 @@ class TiktokenTokenizer(Tokenizer):
 
   def __init__(self, content: bytes, path: str | os.PathLike):
     ranks = _tiktoken_ranks(content, path)
+    if len(ranks) == LLAMA3_MERGES:
+      raise ConfigError(
+        f"data.tokenizer={path} is Llama 3's, which cuts texts in another way and has other special tokens; take the"
+        f" {HUGGING_FACE_FILE} of that model."
+      )
     names = LLAMA4_SPECIAL_TOKENS
     self.vocab_size = len(ranks) + len(names)
     self.special_tokens = dict(zip(names, range(len(ranks), self.vocab_size)))

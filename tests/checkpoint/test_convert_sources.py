@@ -1,5 +1,6 @@
 """Conversions from Meta's files and from the models before Llama 4: the same arrays, and folders that are complete."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -17,9 +18,12 @@ from tiny import tiny_arrays, tiny_config, tiny_model
 
 import maxllama4
 from maxllama4 import cli
+from maxllama4.checkpoint import convert as conversion
 from maxllama4.checkpoint import meta, tensors
 from maxllama4.checkpoint.convert import Conversion, convert, describe
 from maxllama4.checkpoint.folders import open_source
+from maxllama4.checkpoint.hf import HuggingFaceWriter
+from maxllama4.checkpoint.run_tensors import RunWriter
 from maxllama4.config import ConfigError
 from maxllama4.model.weights import ModelTemplate, arrays_of
 
@@ -159,6 +163,33 @@ def test_a_mount_point_is_refused_before_anything_is_written(folder, tmp_path, m
   with pytest.raises(ConfigError, match="is a mount point and cannot be replaced"):
     convert(open_source(folder), tmp_path / "mounted", Conversion(to="hf"), io.StringIO())
   assert not (tmp_path / "mounted.partial").exists()
+
+
+@pytest.mark.parametrize("to", ["hf", "maxllama4"])
+def test_wherever_a_conversion_stops_the_same_call_finishes_it(to, folder, tmp_path, monkeypatch):
+  """Stopped in turn while it makes its files, says what it is, clears what was made, and is about to finish."""
+  source, out = open_source(folder), tmp_path / "out"
+
+  def stop(*_, **__):
+    raise KeyboardInterrupt
+
+  sink = HuggingFaceWriter if to == "hf" else RunWriter
+  for place, name in (
+    (sink, "prepare"),
+    (pathlib.Path, "unlink"),
+    (conversion, "write_json"),
+    *(() if to == "hf" else ((conversion.shutil, "rmtree"),)),  # there are no folders in it
+    (conversion, "_write_tensors"),
+    (conversion.os, "replace"),
+  ):
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+      patch.setattr(place, name, stop)
+      convert(source, out, Conversion(to=to), io.StringIO())
+    assert not out.exists(), name
+  convert(source, out, Conversion(to=to), io.StringIO())
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+  found, expected = (arrays_of(maxllama4.load_model(path)) for path in (out, folder))
+  assert all(np.array_equal(found[path], array) for path, array in expected.items())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

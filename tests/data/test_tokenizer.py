@@ -317,3 +317,10 @@ def test_a_tokenizer_that_is_kept_is_the_same_without_its_first_folder(tmp_path,
   for member in ("special_tokens", "bos_token_id", "eos_token_id", "stop_token_ids"):
     assert getattr(kept, member) == getattr(given, member)
   assert kept.encode("hello 123 user") == given.encode("hello 123 user")
+
+
+def test_metas_file_of_llama_3_is_refused_and_not_read_as_llama_4s(tmp_path, monkeypatch):
+  """It is told by its number of merges."""
+  monkeypatch.setattr("maxllama4.data.tokenizer.LLAMA3_MERGES", len(TOKENS))
+  with pytest.raises(ConfigError, match=r"is Llama 3's.*take the tokenizer\.json"):
+    load_tokenizer(write_tiktoken(tmp_path / "tokenizer.model"))
