@@ -383,10 +383,14 @@ class HuggingFaceTokenizer(Tokenizer):
     generation = _read_json(path.with_name("generation_config.json"))
     stops = generation.get("eos_token_id")
     stops = stops if isinstance(stops, list) else [stops]
+    if not stops or not all(i is None or type(i) is int for i in stops):
+      raise ConfigError(f"generation_config.json beside {path}: eos_token_id={stops} is not an id.")
 
     def find(name: str, llama4: str, given: int | None) -> int | None:
       token = names.get(f"{name}_token")
-      token = token["content"] if isinstance(token, dict) else token  # as transformers 4 writes it
+      token = token.get("content") if isinstance(token, dict) else token  # as transformers 4 does
+      if not (token is None or isinstance(token, str)):
+        raise ConfigError(f"beside {path}: {name}_token={token!r} is not a text.")
       found = (vocabulary.get(token), vocabulary.get(llama4), given)
       return next((i for i in found if i is not None), None)
 
@@ -409,7 +413,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     content = json.loads(path.read_bytes())
   except FileNotFoundError:
     return {}
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise ConfigError(f"{path}, beside the tokenizer, cannot be read ({error}).") from None
   if not isinstance(content, dict):
     raise ConfigError(f"{path}, beside the tokenizer, is no JSON object.")
