@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +107,20 @@ def test_any_box_of_any_tensor_of_metas_is_that_of_the_whole(tmp_path):
       ends = [sorted(rng.choice(dim + 1, 2, replace=False)) for dim in dims]
       box = tuple(slice(int(start), int(stop)) for start, stop in ends)
       np.testing.assert_array_equal(view[box], whole[box], err_msg=tensor.name)
+
+
+def test_a_box_of_metas_takes_no_more_memory_than_itself(tmp_path):
+  config = dataclasses.replace(TEXT, vocab_size=2**16)
+  write_meta_folder(tmp_path, config, tiny_arrays(config), num_shards=2)
+  source = meta.MetaFolder(tmp_path)
+  for tensor in source.table:
+    dims = tensor.dims(source._shapes[tensor.path].shape)
+    view = source.view(tensor, dims)
+    tracemalloc.start()
+    view[tuple(slice(0, min(dim, 100)) for dim in dims)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000, tensor.name  # the embedding has 2 MB
 
 
 @pytest.mark.parametrize(
