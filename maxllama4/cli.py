@@ -28,6 +28,7 @@ USAGE = """usage: maxllama4 COMMAND [CONFIG.yml] [key=value ...] [--debug]
   convert SOURCE DESTINATION to=hf|maxllama4 [dry_run=true]  from one format to another; what was stopped goes on
   evaluate CHECKPOINT data.paths=[...] [key=value ...]      loss and bits per byte; without data, on what its run held out
   compare A B prompt=TEXT                                   two checkpoints, layer by layer: where they first depart
+  report  RUN [RUN ...] [output=FILE]                       one page about a run, or about several beside each other
   replay  RUN/failures/step-N [key=value ...]               the step that stopped a run, again: numbers layer by layer
   show    CONFIG.yml [key=value ...] [output=json]          the whole configuration, sizes and costs; needs no device
 
@@ -57,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if debug:
       traceback.print_exc()
     else:
-      print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+      message = " ".join(str(error).split()) or type(error).__name__
+      # A word that is not UTF-8 may be named in it.
+      print(f"error: {message.encode(errors='backslashreplace').decode()}", file=sys.stderr)
     return 2 if isinstance(error, ConfigError) else 1
   return 0
 
@@ -99,9 +102,13 @@ def train_command(words: Sequence[str]) -> None:
   path, overrides = need_config(words)
   config = load_config(path, overrides)
   from maxllama4.decoding.request import continuations
+  from maxllama4.report import write_report
   from maxllama4.training.loop import Extras, train  # late: `show` and `--help` should not wait
 
-  train(config, Extras(sample=continuations))
+  def report(run_dir: pathlib.Path) -> None:
+    write_report([run_dir], run_dir / "report.html")
+
+  train(config, Extras(report=report, sample=continuations))
 
 
 def replay_command(words: Sequence[str]) -> None:
@@ -129,12 +136,9 @@ def decode_command(words: Sequence[str]) -> None:
   checkpoint = request.checkpoint or (config and config.run_dir)
   if not checkpoint:
     raise ConfigError("name a model: checkpoint=PATH, or a configuration whose run_dir holds one.")
-  folder = pathlib.Path(checkpoint)
-  model = load_model(folder, dtype="float32" if config is None else config.model.dtype)
-  if config is not None and config.data.tokenizer:
-    tokenizer = load_tokenizer(config.data.tokenizer)
-  else:
-    tokenizer = load_tokenizer(open_source(folder).folder)
+  source = open_source(checkpoint)
+  tokenizer = load_tokenizer((config and config.data.tokenizer) or source.folder)
+  model = load_model(checkpoint, dtype="float32" if config is None else config.model.dtype)
   answer(model, tokenizer, request)
 
 
@@ -186,6 +190,29 @@ def compare_command(words: Sequence[str]) -> None:
     print(json.dumps(dataclasses.asdict(comparison)))
   else:
     print_comparison(comparison, request.tolerance)
+
+
+def report_command(words: Sequence[str]) -> None:
+  from maxllama4.report import write_report
+
+  runs = [word for word in words if "=" not in word or os.path.isdir(word)]
+  outputs = [word for word in words if word not in runs]
+  if not runs:
+    raise ConfigError(
+      "name a run's directory first, such as runs/quickstart; several are compared."
+    )
+  for run in runs:
+    if not any(os.path.isfile(os.path.join(run, name)) for name in ("config.yml", "metrics.jsonl")):
+      raise ConfigError(f"{run} is no run; name a folder that holds a config.yml or metrics.jsonl.")
+  for word in outputs:
+    if not word.startswith("output=") or word == "output=":
+      raise ConfigError(f"{word} is not a setting of report; the only one is output=FILE.")
+  folder = pathlib.Path(runs[0] if len(runs) == 1 else ".")
+  path = pathlib.Path(outputs[-1].partition("=")[2]) if outputs else folder / "report.html"
+  if path.is_dir() or not path.parent.is_dir():
+    raise ConfigError(f"output={path} is no place for a file; name a file in a folder that exists.")
+  write_report([pathlib.Path(run) for run in runs], path)
+  print(path)
 
 
 def show_command(words: Sequence[str]) -> None:
@@ -248,6 +275,7 @@ COMMANDS = {
   "convert": convert_command,
   "evaluate": evaluate_command,
   "compare": compare_command,
+  "report": report_command,
   "show": show_command,
   "replay": replay_command,
 }

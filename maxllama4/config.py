@@ -14,11 +14,20 @@ from typing import Any
 
 import ml_collections
 
-from maxllama4.rope_scaling import RopeScaling
+from maxllama4.model_config import (  # noqa: F401 - whoever needs the schema finds all of it here
+  DTYPES,
+  LayerKind,
+  ModelConfig,
+  RopeScaling,
+  VisionConfig,
+  determine_is_moe_layer,
+  determine_is_nope_layer,
+)
 from maxllama4.settings import (
   ConfigError,
   config_from_section,
   flatten,
+  not_empty,
   not_negative,
   one_of,
   parse_override,
@@ -26,10 +35,10 @@ from maxllama4.settings import (
   read_yaml,
   require,
   set_dotted,
+  setting_names,
   to_plain,
 )
 
-DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES = ("none", "full", "matmuls", "attention")
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 # Which mesh axes each logical axis is split over, unless `mesh.rules` says otherwise.
@@ -55,218 +64,6 @@ _ARRAYS = (
   ("embed", "kv_heads"),
   ("experts", "embed", "ffn"),
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VisionConfig:
-  """The vision tower, in the names of Hugging Face's `vision_config`."""
-
-  hidden_size: int
-  intermediate_size: int  # of an encoder layer, and channels after the pixel shuffle
-  num_hidden_layers: int
-  num_attention_heads: int
-  num_channels: int
-  image_size: int  # pixels, the side of a tile
-  patch_size: int  # pixels
-  pixel_shuffle_ratio: float
-  projector_input_dim: int
-  projector_output_dim: int
-  vision_output_dim: int
-  rope_theta: float
-
-  def __post_init__(self):
-    section = "model.vision_config"
-    positive(section, self, "hidden_size intermediate_size num_hidden_layers num_attention_heads")
-    positive(section, self, "num_channels image_size patch_size pixel_shuffle_ratio rope_theta")
-    positive(section, self, "projector_input_dim projector_output_dim vision_output_dim")
-    require(
-      self.hidden_size % (4 * self.num_attention_heads) == 0,
-      f"{section}.hidden_size={self.hidden_size} is not a multiple of 4 x"
-      f" {section}.num_attention_heads={self.num_attention_heads}; each head turns pairs by row and by column.",
-    )
-    require(
-      self.image_size % self.patch_size == 0,
-      f"{section}.image_size={self.image_size} is not a multiple of {section}.patch_size={self.patch_size}; a tile is"
-      " cut into whole patches.",
-    )
-    block = round(1 / self.pixel_shuffle_ratio)
-    require(
-      block * self.pixel_shuffle_ratio == 1 and self.patches_per_side % block == 0,
-      f"{section}.pixel_shuffle_ratio={self.pixel_shuffle_ratio} must be 1 / n, where n divides the"
-      f" {self.patches_per_side} patches along a tile's side.",
-    )
-    require(
-      self.intermediate_size == self.hidden_size * block**2,
-      f"{section}.intermediate_size={self.intermediate_size} must be {self.hidden_size * block**2}, the channels after"
-      f" the pixel shuffle (hidden_size={self.hidden_size} x {block**2}).",
-    )
-    require(
-      self.projector_output_dim == self.vision_output_dim,
-      f"{section}.projector_output_dim={self.projector_output_dim} differs from"
-      f" {section}.vision_output_dim={self.vision_output_dim}; the adapter's output is the tower's.",
-    )
-
-  @property
-  def head_dim(self) -> int:
-    return self.hidden_size // self.num_attention_heads
-
-  @property
-  def patches_per_side(self) -> int:
-    return self.image_size // self.patch_size
-
-  @property
-  def patch_tokens_per_tile(self) -> int:
-    """Places that a tile takes in the text."""
-    return round(self.patches_per_side * self.pixel_shuffle_ratio) ** 2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerKind:
-  """What one decoder layer is made of."""
-
-  uses_rope: bool  # RoPE and chunked attention when true, NoPE and global attention when false
-  is_moe: bool  # routed and shared experts when true, one dense MLP when false
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-  """The architecture, in the names of Hugging Face's `config.json`. Nothing of the text model has a default.
-
-  `nope_layers` and `moe_layers` list layer indices and win over the intervals when not null; `dtype` is that of the
-  activations, `param_dtype` that of the weights (both come from the top of the run's YAML).
-  """
-
-  vocab_size: int  # V
-  hidden_size: int  # D
-  intermediate_size: int  # F of a routed or shared expert
-  intermediate_size_mlp: int  # F of a dense layer
-  num_hidden_layers: int  # L
-  num_attention_heads: int  # N
-  num_key_value_heads: int  # K
-  head_dim: int  # H
-  num_local_experts: int  # E; 0 means that no layer has experts
-  num_experts_per_tok: int  # C
-  interleave_moe_layer_step: int  # layer i has experts when (i + 1) % step == 0; 0 means none has
-  moe_layers: tuple[int, ...] | None
-  nope_layer_interval: int  # layer i has no RoPE when (i + 1) % interval == 0; 0: all have RoPE
-  nope_layers: tuple[int, ...] | None
-  attention_chunk_size: int | None  # positions; null: RoPE layers see everything before them
-  use_qk_norm: bool
-  attn_temperature_tuning: bool
-  floor_scale: float  # positions
-  attn_scale: float
-  rope_theta: float
-  rope_scaling: RopeScaling | None
-  max_position_embeddings: int  # positions
-  rms_norm_eps: float
-  initializer_range: float  # standard deviation of fresh weights
-  tie_word_embeddings: bool
-  bos_token_id: int | None
-  eos_token_id: int | tuple[int, ...] | None
-  pad_token_id: int | None
-  vision_config: VisionConfig | None = None  # null: text only
-  image_token_index: int | None = (
-    None  # the patch token, whose places in the text image features take
-  )
-  boi_token_index: int | None = None  # stands before an image
-  eoi_token_index: int | None = None  # stands after an image
-  dtype: str
-  param_dtype: str
-
-  def __post_init__(self):
-    positive("model", self, "vocab_size hidden_size intermediate_size intermediate_size_mlp")
-    positive("model", self, "num_hidden_layers num_attention_heads num_key_value_heads head_dim")
-    positive("model", self, "num_experts_per_tok floor_scale rope_theta max_position_embeddings")
-    positive("model", self, "rms_norm_eps initializer_range")
-    not_negative("model", self, "num_local_experts interleave_moe_layer_step nope_layer_interval")
-    one_of("dtype", self.dtype, DTYPES)
-    one_of("param_dtype", self.param_dtype, DTYPES)
-    require(
-      self.num_attention_heads % self.num_key_value_heads == 0,
-      f"model.num_attention_heads={self.num_attention_heads} is not a multiple of"
-      f" model.num_key_value_heads={self.num_key_value_heads}; each key-value head serves a whole number of heads.",
-    )
-    require(self.head_dim % 2 == 0, f"model.head_dim={self.head_dim} must be even, for RoPE.")
-    self._check_rope_scaling()
-    if self.attention_chunk_size is not None:
-      positive("model", self, "attention_chunk_size")
-    for name in ("moe_layers", "nope_layers"):
-      layers = getattr(self, name)
-      outside = [i for i in layers or () if not 0 <= i < self.num_hidden_layers]
-      require(
-        not outside,
-        f"model.{name}={list(layers or ())} names layers {outside}, outside 0..{self.num_hidden_layers - 1}"
-        f" (model.num_hidden_layers={self.num_hidden_layers}); correct the list, or null it to go by the interval.",
-      )
-    if self.vision_config is not None:
-      require(
-        self.image_token_index is not None and 0 <= self.image_token_index < self.vocab_size,
-        f"model.image_token_index={self.image_token_index} must be a token, 0..{self.vocab_size - 1}, where"
-        " model.vision_config is set.",
-      )
-    experts, choices = self.num_local_experts, self.num_experts_per_tok
-    require(
-      choices <= experts or not any(kind.is_moe for kind in self.layer_kinds),
-      f"model.num_experts_per_tok={choices} exceeds model.num_local_experts={experts}; lower it, add experts, or set"
-      " model.interleave_moe_layer_step=0 and model.moe_layers=null for a dense model.",
-    )
-
-  def _check_rope_scaling(self):
-    scaling = self.rope_scaling or RopeScaling(rope_type="default")
-    require(
-      scaling.rope_type != "dynamic" or self.head_dim > 2,
-      f"model.head_dim={self.head_dim} must be at least 4 for model.rope_scaling.rope_type=dynamic.",
-    )
-    for name in ("short_factor", "long_factor"):
-      factors = getattr(scaling, name)
-      require(
-        factors is None or len(factors) == self.head_dim // 2,
-        f"model.rope_scaling.{name} holds {len(factors or ())} numbers where model.head_dim={self.head_dim} needs"
-        f" {self.head_dim // 2}, one for each pair of elements.",
-      )
-
-  @property
-  def layer_kinds(self) -> tuple[LayerKind, ...]:
-    """One `LayerKind` a layer, in order."""
-
-    def kind(i):
-      is_nope, is_moe = determine_is_nope_layer(self, i), determine_is_moe_layer(self, i)
-      return LayerKind(uses_rope=not is_nope, is_moe=is_moe)
-
-    return tuple(map(kind, range(self.num_hidden_layers)))
-
-  @property
-  def inhomogeneous_layer_cycle_interval(self) -> int:
-    """The shortest period of `layer_kinds`: lcm(nope_layer_interval, interleave_moe_layer_step) for long regular stacks."""
-    kinds = self.layer_kinds
-    return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
-
-  @property
-  def num_cycles(self) -> int:
-    """Whole cycles that are stacked and scanned; 0 where there are fewer than two."""
-    cycles = self.num_hidden_layers // self.inhomogeneous_layer_cycle_interval
-    return cycles if cycles > 1 else 0
-
-  @property
-  def stop_token_ids(self) -> tuple[int, ...]:
-    if self.eos_token_id is None:
-      return ()
-    return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
-
-
-def determine_is_nope_layer(config: ModelConfig, layer: int) -> bool:
-  """Whether layer `layer` (from 0) attends globally and without RoPE."""
-  if config.nope_layers is not None:
-    return layer in config.nope_layers
-  return config.nope_layer_interval > 0 and (layer + 1) % config.nope_layer_interval == 0
-
-
-def determine_is_moe_layer(config: ModelConfig, layer: int) -> bool:
-  """Whether layer `layer` (from 0) has routed experts."""
-  if config.moe_layers is not None:
-    return layer in config.moe_layers
-  step = config.interleave_moe_layer_step
-  return step > 0 and (layer + 1) % step == 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -351,6 +148,14 @@ class DataConfig:
       raise ConfigError("data.paths=[] names no files; set it, or set data.source=synthetic.")
     if self.source == "tfds" and self.tfds_name is None:
       raise ConfigError("data.tfds_name=null names no dataset; set it.")
+    require(
+      self.source != "text" or self.tfds_name is None,
+      f"data.tfds_name={self.tfds_name} is not read where data.source=text; set data.source=tfds, or null it.",
+    )
+    for name in ("tfds_name", "tfds_dir", "tokenizer"):
+      not_empty(f"data.{name}", getattr(self, name))
+    for position, entry in enumerate(self.paths):
+      not_empty(f"data.paths[{position}]", entry)
     fraction = self.held_out_fraction
     require(0 <= fraction < 1, f"data.held_out_fraction={fraction} must be at least 0 and below 1.")
     not_negative("data", self, "excerpt_length prefetch")
@@ -423,7 +228,10 @@ class OptimizerConfig:
         f"{self.name}; take muon, or null it.",
       )
     not_negative("optimizer", self, "warmup_steps weight_decay max_gradient_norm")
-    for name in ("b1", "b2", "decay_fraction", "final_fraction"):
+    for name in ("b1", "b2"):
+      value = getattr(self, name)
+      require(0 <= value < 1, f"optimizer.{name}={value} must be at least 0 and below 1.")
+    for name in ("decay_fraction", "final_fraction"):
       value = getattr(self, name)
       require(0 <= value <= 1, f"optimizer.{name}={value} must be between 0 and 1.")
 
@@ -439,16 +247,41 @@ class CheckpointConfig:
   def __post_init__(self):
     not_negative("checkpoint", self, "every keep_every")
     positive("checkpoint", self, "keep")
+    require(
+      self.keep_every == 0 or (self.every > 0 and self.keep_every % self.every == 0),
+      f"checkpoint.keep_every={self.keep_every} is not a multiple of checkpoint.every={self.every}; of the steps to"
+      " keep, some or all would not be written.",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
-  """Several processes, one a host, as one run. TPU pods and Slurm say the rest; elsewhere set all of it."""
+  """Several processes, one a host, as one run; see hosts.py. What is null, a TPU pod, GKE or Slurm says."""
 
-  enabled: bool = False
+  enabled: bool | None = None  # null: whether somebody says that there are several
   coordinator_address: str | None = None  # host:port of process 0
   num_processes: int | None = None
   process_id: int | None = None  # from 0
+  start_timeout_seconds: int = 300  # for all of them to come
+
+  def __post_init__(self):
+    address, count, place = self.coordinator_address, self.num_processes, self.process_id
+    for name in ("start_timeout_seconds", "num_processes"):
+      if getattr(self, name) is not None:
+        positive("distributed", self, name)
+    require(
+      self.enabled is not False or (address, count, place) == (None, None, None),
+      "distributed.enabled=false, but distributed also says which process this is; null one of them.",
+    )
+    require(
+      place is None or 0 <= place < (count or math.inf),
+      f"distributed.process_id={place} must be from 0 to distributed.num_processes={count} less 1.",
+    )
+    host, _, port = (address or "host0:8476").rpartition(":")
+    require(
+      bool(host) and port.isdecimal() and 0 < int(port) < 65536,
+      f"distributed.coordinator_address={address} is not host:port, such as host0:8476.",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -463,6 +296,7 @@ class ReportingConfig:
   def __post_init__(self):
     not_negative("reporting", self, "report_every_seconds")
     positive("reporting", self, "sample_tokens")
+    not_empty("reporting.wandb_project", self.wandb_project)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -502,6 +336,9 @@ class Config:
 
   def __post_init__(self):
     check_mesh_divides(self, {axis: max(1, getattr(self.mesh, axis)) for axis in MESH_AXES})
+    for name in ("run_dir", "compilation_cache"):
+      not_empty(name, getattr(self, name))
+    self._check_reports()
     training = self.training
     require(
       training.sequence_length <= self.model.max_position_embeddings,
@@ -512,6 +349,23 @@ class Config:
       training.eval_every == 0 or self.data.source != "synthetic",
       f"training.eval_every={training.eval_every}, but data.source=synthetic holds no documents to evaluate on;"
       " set training.eval_every=0.",
+    )
+    require(
+      training.eval_every == 0 or self.data.held_out_fraction > 0,
+      f"training.eval_every={training.eval_every}, but data.held_out_fraction=0 leaves nothing to evaluate on; raise it,"
+      " or set training.eval_every=0.",
+    )
+
+  def _check_reports(self):
+    prompts, profiled = self.reporting.sample_prompts, self.profile.steps
+    require(
+      not prompts or self.training.eval_every > 0,
+      f"reporting.sample_prompts={list(prompts)} are continued at evaluations, but training.eval_every=0 has none; set"
+      " it, or leave the prompts out.",
+    )
+    require(
+      not profiled or profiled[1] <= self.training.steps,
+      f"profile.steps={list(profiled)} reach beyond training.steps={self.training.steps}; take earlier ones.",
     )
 
 
@@ -589,17 +443,23 @@ def resolve_config(
   return config, {key: origin(key) for key in flatten(config_to_dict(config))}
 
 
+# Fields of the model that stand at the top of a file.
+_DTYPES = ("dtype", "param_dtype")
+_NO_SETTINGS = tuple(f"model.{name}" for name in _DTYPES)
+
+
 def config_from_dict(tree: dict[str, Any]) -> Config:
   """The inverse of `config_to_dict`. Raises: ConfigError naming the first key that is unknown, missing or ill-typed."""
   tree = {**tree}
-  dtypes = {name: tree.pop(name) for name in ("dtype", "param_dtype") if name in tree}
+  dtypes = {name: tree.pop(name) for name in _DTYPES if name in tree}
   model = tree.get("model")
   if isinstance(model, dict):
-    for name in ("dtype", "param_dtype"):
+    for name in _DTYPES:
       require(name not in model, f"model.{name} is not a setting; say {name} at the top level.")
       require(name in dtypes, f"{name} is missing; set it to one of {', '.join(DTYPES)}.")
     tree["model"] = {**model, **dtypes}
-  return config_from_section(Config, tree, "")
+  names = [*setting_names(Config, ""), *_DTYPES]
+  return config_from_section(Config, tree, "", [n for n in names if n not in _NO_SETTINGS])
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -611,5 +471,5 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 def model_to_section(model: ModelConfig) -> dict[str, Any]:
   """The top of a YAML file that describes `model`: its section and the dtypes."""
   section = to_plain(dataclasses.asdict(model))
-  dtypes = {name: section.pop(name) for name in ("dtype", "param_dtype")}
+  dtypes = {name: section.pop(name) for name in _DTYPES}
   return {"model": section, **dtypes}

@@ -400,7 +400,7 @@ def test_the_models_file_is_found_beside_the_run_and_can_be_replaced(path, tmp_p
     ("- a", "must be a YAML mapping"),
     ("", "must be a YAML mapping"),
     ("model: missing.yml", "missing.yml cannot be read"),
-    ("on: 3", "True is not a setting"),
+    ("on: 3", "on is not a setting"),
   ],
 )
 def test_a_file_that_cannot_be_used_is_named(path, content, reason):

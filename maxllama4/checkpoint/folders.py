@@ -1,30 +1,34 @@
 """Whatever folder holds a model, to a model; and back."""
 
 import dataclasses
+import os
 import pathlib
+import warnings
 
 import jax
 import jax.numpy as jnp
 import yaml
 
+from maxllama4.checkpoint.checksums import find_damage
 from maxllama4.checkpoint.convert import FORMATS, Conversion, save
 from maxllama4.checkpoint.hf import HuggingFaceFolder, ModelTensors
 from maxllama4.checkpoint.llama import LlamaFolder
 from maxllama4.checkpoint.meta import PARAMS, MetaFolder
 from maxllama4.checkpoint.run_tensors import RunTensors
 from maxllama4.checkpoint.safetensors_files import read_json
-from maxllama4.checkpoint.store import CHECKPOINTS, CheckpointStore
+from maxllama4.checkpoint.store import CHECKPOINTS, CheckpointError, CheckpointStore, list_steps
 from maxllama4.checkpoint.tensors import TensorSource
 from maxllama4.config import (
   ConfigError,
   MeshConfig,
   ModelConfig,
-  config_from_section,
   model_to_section,
   read_yaml,
+  require,
 )
 from maxllama4.model.llama4 import Llama4ForCausalLM
 from maxllama4.model.weights import ModelTemplate, arrays_of
+from maxllama4.settings import config_from_file
 from maxllama4.sharding import MeshContext
 
 
@@ -34,10 +38,12 @@ def open_source(path: str | pathlib.Path) -> TensorSource:
   Raises: ConfigError when there is no model, or none that we support.
   """
   path = pathlib.Path(path)
-  if (path / "config.json").exists():
+  if os.path.exists(
+    path / "config.json"
+  ):  # unlike the path's own answer, false for a name too long
     is_llama = read_json(path / "config.json").get("model_type") == "llama"
     return LlamaFolder(path) if is_llama else HuggingFaceFolder(path)
-  if (path / PARAMS).exists():
+  if os.path.exists(path / PARAMS):
     return MetaFolder(path)
   run_dir, step = find_run(path)
   return RunTensors(run_dir, step, read_run_config(run_dir, None))
@@ -77,31 +83,48 @@ def save_model(model: Llama4ForCausalLM, path: str | pathlib.Path, format: str) 
   )
   store = CheckpointStore(path)
   store.save(0, arrays_of(model), {"step": jnp.zeros((), jnp.int32)}, {})
-  store.wait()
   store.close()
 
 
 def find_run(path: pathlib.Path) -> tuple[pathlib.Path, int]:
-  """The run directory that `path` is or lies in, and the step: the one that `path` names, else the newest."""
+  """The run directory that `path` is or lies in, and the step: the one that `path` names, else the newest whole one."""
   if path.name.isdigit() and path.parent.name == CHECKPOINTS:
     run_dir, wanted = path.parent.parent, int(path.name)
   else:
     run_dir, wanted = path, None
-  if not (run_dir / "config.yml").exists() or not (run_dir / CHECKPOINTS).is_dir():
+  if not os.path.exists(run_dir / "config.yml") or not os.path.isdir(run_dir / CHECKPOINTS):
     raise ConfigError(
       f"checkpoint={path} holds no model: neither config.json (Hugging Face), {PARAMS} (Meta), nor config.yml and"
       f" {CHECKPOINTS}/ (a run directory); check the path."
     )
-  store = CheckpointStore(run_dir)
-  steps = store.steps
-  store.close()
+  steps = list_steps(run_dir / CHECKPOINTS)
   if not steps or (wanted is not None and wanted not in steps):
     raise ConfigError(f"checkpoint={path} is not among the checkpoints of {run_dir}: {steps}.")
-  return run_dir, steps[-1] if wanted is None else wanted
+  return run_dir, _newest_whole(run_dir, [wanted] if wanted is not None else steps)
+
+
+def _newest_whole(run_dir: pathlib.Path, steps: list[int]) -> int:
+  """The last of `steps` whose model is as it was written; warns of each that is passed over."""
+  problems = []
+  for step in reversed(steps):
+    folder = run_dir / CHECKPOINTS / str(step)
+    damage = find_damage(folder, item="model")
+    if damage is None:
+      for problem in problems:
+        warnings.warn(f"{problem}; step {step} is read instead.", stacklevel=2)
+      return step
+    problems.append(f"checkpoint {folder} is damaged: {damage}")
+  raise CheckpointError(f"no checkpoint of {run_dir} can be read ({'; '.join(problems)}).")
 
 
 def read_run_config(run_dir: pathlib.Path, dtype: str | None) -> ModelConfig:
   """The architecture of a run directory, to compute in `dtype` (None: as the run did)."""
-  tree = read_yaml(run_dir / "config.yml")
-  section = {**tree["model"], "dtype": dtype or tree["dtype"], "param_dtype": tree["param_dtype"]}
-  return config_from_section(ModelConfig, section, f"{run_dir / 'config.yml'}: model.")
+  path = run_dir / "config.yml"
+  tree = read_yaml(path)
+  require(isinstance(tree.get("model"), dict), f"{path}: model must be a section of settings.")
+  section = {
+    **tree["model"],
+    "dtype": dtype or tree.get("dtype"),
+    "param_dtype": tree.get("param_dtype"),
+  }
+  return config_from_file(ModelConfig, section, path, "model.")

@@ -5,6 +5,7 @@ reshapes, so a round trip gives back every byte, in the dtype that the file had.
 """
 
 import dataclasses
+import os
 import pathlib
 import warnings
 from collections.abc import Iterable
@@ -28,11 +29,12 @@ from maxllama4.config import (
   ConfigError,
   ModelConfig,
   VisionConfig,
-  config_from_section,
   require,
 )
 from maxllama4.model.weights import Arrays, ModelTemplate, layer_place
+from maxllama4.model_config import MAX_LAYERS
 from maxllama4.rope_scaling import ROPE_TYPES
+from maxllama4.settings import at_most, config_from_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -165,18 +167,13 @@ def _vision_tensors(config: ModelConfig) -> list[Tensor]:
 
 def model_config_from_hf(raw: dict[str, Any], dtype: str, source: pathlib.Path) -> ModelConfig:
   """`ModelConfig` from a config.json in its old (4.51) or new (5.x) spelling, with a vision tower or text only."""
+  check_kinds(raw, {"text_config": dict, "vision_config": dict}, source)
   images: dict[str, Any] = dict.fromkeys(("vision_config", *IMAGE_TOKENS))
-  check_kinds(raw, source, text_config=dict, vision_config=dict)
   if raw.get("text_config") is not None:
-    require(raw.get("vision_config"), f"{source}: vision_config is missing; text_config needs it.")
-    images = {"vision_config": _vision_section(raw["vision_config"], source)}
+    images = {"vision_config": _vision_section(raw, source)}
     images |= {name: raw.get(name, default) for name, default in IMAGE_TOKENS.items()}
     outer = {name: raw[name] for name in ("dtype", "torch_dtype") if raw.get(name)}
     raw = {**raw["text_config"], **outer}
-  check_kinds(raw, source, num_hidden_layers=int, interleave_moe_layer_step=int, moe_layers=list)
-  check_kinds(raw, source, no_rope_layers=list, layer_types=list, no_rope_layer_interval=int)
-  check_kinds(raw, source, rope_scaling=dict, rope_parameters=dict)
-  require(raw.get("num_hidden_layers"), f"{source}: num_hidden_layers is missing; set it.")
   for name, only in (
     ("model_type", "llama4_text"),
     ("attention_bias", False),
@@ -184,9 +181,11 @@ def model_config_from_hf(raw: dict[str, Any], dtype: str, source: pathlib.Path) 
   ):
     if raw.get(name, only) != only:
       raise ConfigError(f"{source}: {name}={raw[name]} is not supported; it must be {only}.")
+  check_kinds(raw, _KINDS, source)
   rope = raw.get("rope_parameters") or {}
   scaling = rope if raw.get("rope_scaling") is None else raw["rope_scaling"]
-  num_layers = raw["num_hidden_layers"]
+  num_layers = raw.get("num_hidden_layers") or 0
+  at_most(f"{source}: num_hidden_layers", num_layers, MAX_LAYERS)
   nope_layers, nope_interval, has_chunks = _nope_layers(raw, num_layers, source)
   step = raw.get("interleave_moe_layer_step", 1)
   moe_layers = raw.get("moe_layers")
@@ -207,13 +206,24 @@ def model_config_from_hf(raw: dict[str, Any], dtype: str, source: pathlib.Path) 
     "param_dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32",
     **images,
   }
-  return config_from_section(ModelConfig, section, f"{source}: ")
+  return config_from_file(ModelConfig, section, source)
+
+
+# What is computed with before the section as a whole is checked.
+_KINDS = {
+  **dict.fromkeys(("rope_parameters", "rope_scaling"), dict),
+  **dict.fromkeys(("no_rope_layers", "layer_types", "moe_layers"), list),
+  **dict.fromkeys(
+    ("num_hidden_layers", "interleave_moe_layer_step", "no_rope_layer_interval"), int
+  ),
+}
 
 
 def _vision_section(raw: dict[str, Any], source: pathlib.Path) -> dict[str, Any]:
   """The section `vision_config`; what is silent there is as transformers has it."""
-  check_kinds(raw, f"{source}: vision_config", rope_parameters=dict)
-  vision = {"rope_theta": 10000.0, **raw}
+  require(raw.get("vision_config") is not None, f"{source}: vision_config is missing.")
+  vision = {"rope_theta": 10000.0, **raw["vision_config"]}
+  check_kinds(vision, {"rope_parameters": dict}, f"{source}: vision_config")
   rope = vision.get("rope_parameters") or {}
   vision["rope_theta"] = rope.get("rope_theta", vision["rope_theta"])
   if vision.get("multi_modal_projector_bias"):
@@ -290,7 +300,7 @@ def rope_scaling_from_hf(
   scaling: dict[str, Any], raw: dict[str, Any], source: pathlib.Path
 ) -> dict[str, Any] | None:
   """The section `rope_scaling`; a length that it does not name is that of the whole config, `raw`."""
-  check_kinds(scaling, f"{source}: rope_scaling", rope_type=str, type=str)
+  check_kinds(scaling, {"rope_type": str, "type": str}, f"{source}: rope_scaling")
   kind = scaling.get("rope_type") or scaling.get("type") or "default"  # `type` in the oldest files
   require(
     kind in ROPE_TYPES,
@@ -386,19 +396,20 @@ def warn_of_biases(biases: Iterable[Any]) -> None:
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The safetensors files of a folder; those of its index when it has one."""
-  if not (folder / INDEX).exists():
-    names = [SINGLE]
+  if (folder / INDEX).exists():
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+      raise ConfigError(f"{folder / INDEX} has no weight_map of files by tensor; copy it again.")
+    require(weight_map, f"{folder / INDEX} names no files; copy it again.")
+    names = sorted(set(weight_map.values()))
   else:
-    index = read_json(folder / INDEX)
-    check_kinds(index, folder / INDEX, weight_map=dict)
-    names = list(dict.fromkeys(map(str, (index.get("weight_map") or {}).values())))
-    require(names, f"{folder / INDEX} names no files; copy it again.")
+    names = [SINGLE]
   for name in names:
-    if pathlib.PurePath(name).name != name:
+    if name in ("", "..") or pathlib.PurePath(name).name != name:
       raise ConfigError(f"{folder / INDEX} names {name!r}, a file outside its folder; refuse it.")
-    if not (folder / name).is_file():
+    if not os.path.isfile(folder / name):
       raise ConfigError(f"{folder / name} is missing; copy the whole checkpoint folder.")
-  return [folder / name for name in sorted(names)]
+  return [folder / name for name in names]
 
 
 # Writing

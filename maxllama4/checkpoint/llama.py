@@ -12,7 +12,8 @@ from typing import Any
 from maxllama4.checkpoint import hf
 from maxllama4.checkpoint.safetensors_files import check_kinds, read_json
 from maxllama4.checkpoint.tensors import Tensor
-from maxllama4.config import ModelConfig, config_from_section, require
+from maxllama4.config import ModelConfig, require
+from maxllama4.settings import config_from_file
 
 # What transformers assumes where a config.json is silent.
 _DEFAULTS = {
@@ -45,19 +46,28 @@ _DENSE = {
 }
 
 
+# What is computed with before the section as a whole is checked.
+_KINDS = {
+  **dict.fromkeys(("rope_parameters", "rope_scaling"), dict),
+  **dict.fromkeys(("num_attention_heads", "hidden_size", "head_dim"), int),
+}
+
+
 def read_config(source: pathlib.Path) -> ModelConfig:
   """The architecture in the config.json `source`. Raises: ConfigError for what is not supported."""
   raw = read_json(source)
-  check_kinds(raw, source, rope_scaling=dict, rope_parameters=dict)
-  check_kinds(raw, source, num_attention_heads=int, hidden_size=int)
   for name, only in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
     require(
       raw.get(name, only) == only,
       f"{source}: {name}={raw.get(name)} is not supported; it must be {only}.",
     )
   section = {name: raw.get(name, default) for name, default in _DEFAULTS.items()}
+  check_kinds(raw, _KINDS, source)
   heads = section["num_attention_heads"]
-  require(heads and heads > 0, f"{source}: num_attention_heads={heads} must be 1 or more.")
+  require(
+    heads is not None and heads > 0 and section["hidden_size"] is not None,
+    f"{source}: num_attention_heads={heads} and hidden_size={section['hidden_size']} must be greater than 0.",
+  )
   rope = raw.get("rope_parameters") or {}
   scaling = raw.get("rope_scaling") or rope
   section |= {
@@ -69,7 +79,7 @@ def read_config(source: pathlib.Path) -> ModelConfig:
     "dtype": "float32",
     "param_dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32",
   }
-  return config_from_section(ModelConfig, _DENSE | section, f"{source}: ")
+  return config_from_file(ModelConfig, _DENSE | section, source)
 
 
 class LlamaFolder(hf.HuggingFaceFolder):

@@ -19,8 +19,10 @@ from maxllama4.checkpoint import hf
 from maxllama4.checkpoint.pth import StoredTensor, read_pth
 from maxllama4.checkpoint.safetensors_files import check_kinds, read_json
 from maxllama4.checkpoint.tensors import Box, Tensor, TensorSource
-from maxllama4.config import DTYPES, ConfigError, ModelConfig, config_from_section, require
+from maxllama4.config import DTYPES, ConfigError, ModelConfig, require
 from maxllama4.model.weights import ModelTemplate, layer_place
+from maxllama4.model_config import MAX_LAYERS
+from maxllama4.settings import at_most, config_from_file
 
 PARAMS = "params.json"
 # Tables and statistics, no weights.
@@ -359,6 +361,12 @@ def _read_shards(folder: pathlib.Path) -> Shards:
 
 # Configuration
 
+# What is computed with before the section as a whole is checked.
+_KINDS = {
+  **dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size"), int),
+  **dict.fromkeys(("moe_args", "vision_args"), dict),
+}
+
 
 def read_config(folder: pathlib.Path, shards: Shards) -> ModelConfig:
   """The architecture in `folder`/params.json; widths are those of the tensors.
@@ -367,16 +375,15 @@ def read_config(folder: pathlib.Path, shards: Shards) -> ModelConfig:
   """
   source = folder / PARAMS
   params = read_json(source)
-  check_kinds(params, source, model=dict)
+  check_kinds(params, {"model": dict}, source)
   params = params.get("model") or params
-  check_kinds(params, source, dim=int, n_layers=int, n_heads=int, n_kv_heads=int, vocab_size=int)
-  check_kinds(params, source, moe_args=dict, vision_args=dict)
+  check_kinds(params, _KINDS, source)
   for name in ("dim", "n_layers", "n_heads"):
-    require(params.get(name), f"{source}: {name} is missing; it must be a whole number.")
-  for name in ("dim", "n_layers", "n_heads", "n_kv_heads"):
-    require((params.get(name) or 1) > 0, f"{source}: {name}={params.get(name)} must be 1 or more.")
+    require(params.get(name) is not None, f"{source}: {name} is missing; it must be a number.")
+    require(params[name] > 0, f"{source}: {name}={params[name]} must be greater than 0.")
+  at_most(f"{source}: n_layers", params["n_layers"], MAX_LAYERS)
   moe = params.get("moe_args") or {}
-  check_kinds(moe, f"{source}: moe_args", interleave_moe_layer_step=int)
+  check_kinds(moe, {"interleave_moe_layer_step": int}, f"{source}: moe_args")
   section = {
     "hidden_size": params["dim"],
     "num_hidden_layers": params["n_layers"],
@@ -405,7 +412,7 @@ def read_config(folder: pathlib.Path, shards: Shards) -> ModelConfig:
   if params.get("vision_args"):
     section["vision_config"] = _vision_section(params["vision_args"], shards, source)
     section |= {name: params.get(name, default) for name, default in hf.IMAGE_TOKENS.items()}
-  return config_from_section(ModelConfig, section, f"{source}: ")
+  return config_from_file(ModelConfig, section, source)
 
 
 def _rope(params: dict[str, Any]) -> dict[str, Any]:
@@ -491,7 +498,7 @@ def _text_sizes(
 def _vision_section(vision: dict[str, Any], shards: Shards, source: pathlib.Path) -> dict[str, Any]:
   """The section `vision_config`; widths are those of the tensors."""
   sides = {}
-  check_kinds(vision, f"{source}: vision_args", image_size=dict, patch_size=dict)
+  check_kinds(vision, {"image_size": dict, "patch_size": dict}, f"{source}: vision_args")
   for name in ("image_size", "patch_size"):
     height, width = ((vision.get(name) or {}).get(side) for side in ("height", "width"))
     require(

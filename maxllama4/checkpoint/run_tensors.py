@@ -18,6 +18,7 @@ import tensorstore
 import yaml
 
 from maxllama4.checkpoint import tensors as pieces
+from maxllama4.checkpoint.checksums import remove_records
 from maxllama4.checkpoint.hf import tensor_table, warn_of_biases
 from maxllama4.checkpoint.safetensors_files import read_json
 from maxllama4.checkpoint.store import CHECKPOINTS, CheckpointStore
@@ -39,7 +40,7 @@ _WHOLE = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": Tr
 class RunTensors(TensorSource):
   """The tensors of one checkpoint of a run directory, whose `config` is the run's.
 
-  Raises: ConfigError when an array is missing or misshapen.
+  Raises: ConfigError when an array is misshapen; OSError when one is missing or damaged, also as it is read.
   """
 
   def __init__(self, run_dir: pathlib.Path, step: int, config: ModelConfig):
@@ -71,18 +72,28 @@ class RunTensors(TensorSource):
     try:
       return tensorstore.open(spec, open=True, read=True).result()
     except ValueError as error:
-      raise ConfigError(f"{self._model} holds no array {path} ({error}).") from None
+      raise self._damaged(path, error) from None
+
+  def _numbers(self, path: str, box: Any) -> np.ndarray:
+    try:
+      return self._arrays[path][box].read().result()
+    except ValueError as error:
+      raise self._damaged(path, error) from None
+
+  def _damaged(self, path: str, error: ValueError) -> OSError:
+    reason = str(error).partition(" [tensorstore_spec")[0]
+    return OSError(
+      f"{self._model}: the array {path} cannot be read; take another checkpoint ({reason})."
+    )
 
   def arrays(
     self, template: ModelTemplate, shardings: dict[str, jax.sharding.Sharding] | None = None
   ) -> Arrays:
-    return place_arrays(
-      template.shapes, shardings, lambda path, _, box: self._arrays[path][box].read().result()
-    )
+    return place_arrays(template.shapes, shardings, lambda path, _, box: self._numbers(path, box))
 
   def read(self, name: str) -> np.ndarray:
     tensor = next(tensor for tensor in self.table if tensor.name == name)
-    return tensor.to_file(self._arrays[tensor.path][tensor.index].read().result())
+    return tensor.to_file(self._numbers(tensor.path, tensor.index))
 
   def view(self, tensor: Tensor, dims: tuple[int, ...]) -> Any:
     array = self._arrays[tensor.path]
@@ -116,8 +127,8 @@ class RunWriter(TensorSink):
     store = CheckpointStore(self._folder)
     stand_ins = {path: jnp.zeros(1, self._dtype(path, s)) for path, s in template.shapes.items()}
     store.save(0, stand_ins, {"step": jnp.zeros((), jnp.int32)}, {})
-    store.wait()
     store.close()
+    remove_records(self._model.parent)  # of the stand-ins
     tensors = {tensor.path: tensor for tensor in self._table}
     for path, shape in template.shapes.items():
       dtype = self._dtype(path, shape)

@@ -33,7 +33,6 @@ _DTYPES = {
 }
 _CODES = {jnp.dtype(name): code for code, name in _DTYPES.items()}
 _MAX_HEADER_BYTES = 10**8  # as in the reference
-_KINDS = {int: "a whole number", str: "a text", list: "a list", dict: "an object"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,25 +150,27 @@ class SafetensorsWriter:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The object in the file. Raises: ConfigError when there is none."""
+  """The object in a file. Raises: ConfigError when there is none."""
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
     raise ConfigError(f"{path} cannot be read ({error.strerror}); check the path.") from None
   except (ValueError, RecursionError) as error:
-    raise ConfigError(f"{path} is not valid JSON ({error}); copy it again.") from None
-  if not isinstance(value, dict):
-    raise ConfigError(f"{path} holds no JSON object; copy it again.")
-  return value
+    raise ConfigError(f"{path} is not valid JSON ({error}).") from None
+  if not isinstance(content, dict):
+    raise ConfigError(f"{path} holds a JSON {type(content).__name__} where an object was expected.")
+  return content
 
 
-def check_kinds(section: dict[str, Any], source: object, **kinds: type) -> None:
-  """Raises: ConfigError for a value in a `section` of the file `source` that is of another kind; null is of any."""
+def check_kinds(raw: dict[str, Any], kinds: dict[str, type], source: str | pathlib.Path) -> None:
+  """Checks values of a JSON object that are not null. Raises: ConfigError naming `source` and the first that is wrong."""
   for name, kind in kinds.items():
-    value = section.get(name)
-    # bool is an int to Python
+    value = raw.get(name)
     if value is not None and type(value) is not kind:
-      raise ConfigError(f"{source}: {name}={value!r} must be {_KINDS[kind]}.")
+      raise ConfigError(f"{source}: {name}={value!r} must be a JSON {_KINDS[kind]}.")
+
+
+_KINDS = {dict: "object", list: "array", int: "whole number", str: "string"}
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

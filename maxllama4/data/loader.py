@@ -1,9 +1,9 @@
 """Batches for training and evaluation, as NumPy arrays; the training layer lays them over its mesh.
 
 The global batch is `training.batch_size` endless streams, one a row. Stream r reads documents r, r + B, r + 2B, ... of
-one global order (shuffled anew each epoch), so the data of a run does not depend on the number of hosts: a host owns a
-contiguous share of the streams and reads no other documents. A stream is where it is in its documents, and that is all
-the state there is.
+one global order (shuffled anew each epoch), so the data of a run does not depend on the number of hosts: a host reads the
+streams whose rows its devices hold, and no other documents. A stream is where it is in its documents, and that is all the
+state there is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -24,7 +24,7 @@ import numpy as np
 
 from maxllama4.config import Config, ConfigError
 from maxllama4.data.packing import Batch, RowPacker, count_target_bytes, padding, stack_rows
-from maxllama4.data.sources import Document, DocumentSource, Excerpts, open_documents
+from maxllama4.data.sources import DataError, Document, DocumentSource, Excerpts, open_documents
 from maxllama4.data.tokenizer import (
   TOKENIZER_FILE,
   Tokenizer,
@@ -61,6 +61,8 @@ def prepare_tokenizer(
   path = pathlib.Path(run_dir) / TOKENIZER_FILE
   if not path.exists() and process_index == 0:
     documents = open_documents(config.data, "train")
+    if config.training.eval_every:
+      open_documents(config.data, "held_out")  # complains now, before anything is written
     train_tokenizer(documents, config.model.vocab_size, path, config.training.seed)
   _wait_for(path, timeout_seconds)
   tokenizer = load_tokenizer(path)
@@ -69,14 +71,14 @@ def prepare_tokenizer(
 
 
 def make_loader(
-  config: Config, tokenizer: Tokenizer | None, *, process_index: int = 0, process_count: int = 1
+  config: Config, tokenizer: Tokenizer | None, rows: Sequence[int] | None = None
 ) -> TrainLoader:
-  """The endless training batches of host `process_index`, arrays [batch_size / process_count, T]; see `ROW_DTYPES`.
+  """The endless training batches of this host: of the global batch, its `rows` (all by default); see `ROW_DTYPES`.
 
-  `tokenizer` is what `prepare_tokenizer` returned. Raises: ConfigError when the rows cannot be shared out evenly, there
-  is no training document, or evaluation is asked of synthetic data; DataError, on a batch, when a document is broken.
+  `tokenizer` is what `prepare_tokenizer` returned. Raises: ConfigError when there is no training document, or evaluation
+  is asked of synthetic data; DataError, on a batch, when a document is broken.
   """
-  rows = _rows_of_host(config, process_index, process_count)
+  rows = range(config.training.batch_size) if rows is None else rows
   if config.data.source == "synthetic":
     _check_no_evaluation(config)
     documents, identity, name = _synthetic_documents(config), "synthetic", str
@@ -106,7 +108,7 @@ class TrainLoader(Iterator[Batch]):
     self,
     config: Config,
     documents: grain.MapDataset,
-    rows: range,
+    rows: Sequence[int],
     pad_token_id: int,
     identity: str,
     name: Callable[[int], str],
@@ -198,20 +200,19 @@ class EvalSet:
 def make_eval_batches(
   config: Config,
   tokenizer: Tokenizer | None,
+  rows: Sequence[int] | None = None,
   *,
   split: str = "held_out",
-  process_index: int = 0,
-  process_count: int = 1,
 ) -> EvalSet:
   """The held-out documents (or those of another `split`) in order, packed once into batches of training.batch_size rows over all hosts.
 
-  Rows that the last batch lacks are padding (segment 0, weight 0). With `training.eval_batches` > 0 only that many
+  This host's batches hold its `rows` (all by default). Rows that the last batch lacks are padding (segment 0, weight 0). With `training.eval_batches` > 0 only that many
   batches are made, and `num_bytes` is that of their targets: the sum of what each counted target stands for, exact also
   where the last document is cut.
 
   Raises: ConfigError when there is no held-out document, or the data is synthetic.
   """
-  rows = _rows_of_host(config, process_index, process_count)
+  rows = range(config.training.batch_size) if rows is None else rows
   if config.data.source == "synthetic":
     raise ConfigError(
       "data.source=synthetic holds no documents to evaluate on; set another data.source."
@@ -232,7 +233,9 @@ def make_eval_batches(
     num_bytes += sum(count_target_bytes(row, tokenizer.token_num_bytes) for row in chunk)
     lacking = training.batch_size - len(chunk)
     chunk += [padding((training.sequence_length,), tokenizer.pad_token_id)] * lacking
-    batches.append(stack_rows(chunk[rows.start : rows.stop]))
+    batches.append(stack_rows([chunk[row] for row in rows]))
+  if num_bytes == 0:
+    raise DataError(f"the {len(documents)} documents to evaluate on hold no text.")
   return EvalSet(batches, num_bytes)
 
 
@@ -245,7 +248,9 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> np.ndarray:
 class _PackedRows(grain.IterDataset):
   """Batches of the streams `rows` of `documents`, a row a stream."""
 
-  def __init__(self, documents: grain.MapDataset, config: Config, rows: range, pad_token_id: int):
+  def __init__(
+    self, documents: grain.MapDataset, config: Config, rows: Sequence[int], pad_token_id: int
+  ):
     super().__init__()
     self._documents = documents
     self._training = config.training
@@ -292,17 +297,6 @@ def _synthetic_documents(config: Config) -> grain.MapDataset:
       config.model.vocab_size, size=length, dtype=np.int32
     )
   )
-
-
-def _rows_of_host(config: Config, process_index: int, process_count: int) -> range:
-  """The global rows of a host, a contiguous share."""
-  rows, remainder = divmod(config.training.batch_size, process_count)
-  if remainder:
-    raise ConfigError(
-      f"training.batch_size={config.training.batch_size} is not a multiple of the {process_count} hosts; each loads"
-      " the same number of rows."
-    )
-  return range(process_index * rows, (process_index + 1) * rows)
 
 
 def _check_no_evaluation(config: Config) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from maxllama4.data.sources import DataError
+
 Row = dict[str, np.ndarray]  # arrays [T] by the names in ROW_DTYPES
 Batch = dict[str, np.ndarray]  # arrays [B, T] by the same names
 ROW_DTYPES = {
@@ -73,7 +75,11 @@ class RowPacker(Iterator[Row]):
     """The inputs and targets of the next piece, at most `space` of each."""
     if self._ids is None:
       self._ids = self._document(self._index)
-      assert self._offset < len(self._ids) - 1, f"nothing of document {self._index} is left"
+      if self._offset >= len(self._ids) - 1:
+        raise DataError(
+          f"document {self._index} of the data's order is shorter than it was when the run was saved; put it back, or"
+          " start a new run_dir."
+        )
     start, last = self._offset, len(self._ids) - 1
     stop = min(start + space, last)
     inputs, targets = self._ids[start:stop], self._ids[start + 1 : stop + 1]

@@ -27,7 +27,11 @@ STDLIB = "stdlib:"
 SPLITS = ("train", "held_out", "all")
 
 
-class DataError(RuntimeError):
+# What the system says of text that cannot be a path, such as one that is too long; of `~name`, that there is no such user.
+_NO_PATH = (OSError, KeyError, RuntimeError)
+
+
+class DataError(Exception):
   """Data that cannot be read; names the file, the line where there is one, and the reason."""
 
 
@@ -61,6 +65,8 @@ def open_documents(data: DataConfig, split: str) -> Split:
   """
   source = TfdsDocuments(data) if data.source == "tfds" else TextDocuments(data)
   chosen = Split(source, split, data.held_out_fraction)
+  if len(source) == 0:
+    raise DataError(f"data.paths={list(data.paths)} hold no document: all lines are blank.")
   if len(chosen) == 0:
     remedy = "raise" if split == "held_out" else "lower"
     raise ConfigError(
@@ -120,6 +126,10 @@ class Excerpts:
   def __getitem__(self, index: int) -> Document:
     document, start, stop = self._spans[index]
     text = self._source[document].text
+    if stop > len(text):
+      raise DataError(
+        f"{self._source.name(document)}: is shorter than it was when the run started; leave the data of a run as it is."
+      )
     return Document(self.name(index), text[start:stop], stop == len(text))
 
   def name(self, index: int) -> str:
@@ -246,7 +256,13 @@ def list_files(data: DataConfig) -> list[TextFile]:
   exclude = [_Glob(pattern) for pattern in data.exclude]
   files: dict[str, TextFile] = {}
   for position, entry in enumerate(data.paths):
-    found = _files_of_entry(entry, exclude)
+    try:
+      found = _files_of_entry(entry, exclude)
+    except _NO_PATH as error:
+      reason = getattr(error, "strerror", None) or error
+      raise ConfigError(
+        f"data.paths[{position}]={entry} is no path ({reason}); correct it."
+      ) from None
     if not found:
       raise ConfigError(
         f"data.paths[{position}]={entry} names no file that data.exclude={list(data.exclude)} leaves;"
@@ -334,10 +350,10 @@ def _walk(root: pathlib.Path, exclude: Sequence[_Glob], depth: int | None) -> It
       name = f"{folder}/{entry.name}" if folder else entry.name
       if entry.name.startswith("."):
         continue
-      if entry.is_file():
+      if os.path.isfile(entry.path):  # unlike the entry's own answer, false for a link to itself
         if not any(glob.matches(name) for glob in exclude):
           yield name
-      elif entry.is_dir() and (depth is None or name.count("/") + 1 < depth):
+      elif os.path.isdir(entry.path) and (depth is None or name.count("/") + 1 < depth):
         pending += [] if any(glob.matches_all_below(name) for glob in exclude) else [name]
 
 

@@ -27,6 +27,7 @@ import tokenizers
 from maxllama4.config import ConfigError
 from maxllama4.data.chat import END_OF_MESSAGE, END_OF_TURN, ChatTemplate, Message
 from maxllama4.data.sources import DataError, DocumentSource
+from maxllama4.files import write_whole
 
 TOKENIZER_FILE = "tokenizer.model"
 HUGGING_FACE_FILE = "tokenizer.json"
@@ -42,6 +43,7 @@ SPACE_MARK = "\u2581"  # what SentencePiece writes for a space; it cannot tell a
 TRAINING_CHARACTERS = (
   16_000_000  # of text that training reads at most; BPE takes 2 s per 10 million
 )
+MAX_VOCAB_SIZE = 2**24  # no vocabulary comes near; tables have a row for each id
 SENTENCE_CHARACTERS = 2_000  # of text that training sees as one sentence
 
 
@@ -130,33 +132,30 @@ def keep_tokenizer(path: str | os.PathLike, folder: str | os.PathLike) -> None:
   copies |= {
     name: file.with_name(name).read_bytes() for name in BESIDE if file.with_name(name).is_file()
   }
+  folder.mkdir(parents=True, exist_ok=True)
   for name, copy in copies.items():
-    _write(folder / name, copy)
+    write_whole(folder / name, copy)
 
 
 def _read_tokenizer(path: str | os.PathLike) -> tuple[pathlib.Path, bytes]:
   """The tokenizer's file in `path`, and its content. Raises: ConfigError when there is none."""
-  path = pathlib.Path(path).expanduser()
-  file = path
-  if path.is_dir():
-    file = path / TOKENIZER_FILE
-    if not file.exists() and (path / HUGGING_FACE_FILE).exists():
-      file = path / HUGGING_FACE_FILE
+  file = path = pathlib.Path(path)
   try:
-    return file, file.read_bytes()
-  except OSError as error:
+    file = path = path.expanduser()
+    if path.is_dir():
+      file = path / TOKENIZER_FILE
+      if not file.exists() and (path / HUGGING_FACE_FILE).exists():
+        file = path / HUGGING_FACE_FILE
+    content = file.read_bytes()
+  except (OSError, RuntimeError) as error:  # the last one: of `~name`, that there is no such user
+    reason = getattr(error, "strerror", None) or error
     raise ConfigError(
-      f"data.tokenizer={path}: {file} cannot be read ({error.strerror}); name a tokenizer's file, or a folder that"
+      f"data.tokenizer={path}: {file} cannot be read ({reason}); name a tokenizer's file, or a folder that"
       f" holds {TOKENIZER_FILE} or {HUGGING_FACE_FILE}."
     ) from None
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-  """Writes the file as a whole, or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  unfinished.write_bytes(content)
-  os.replace(unfinished, path)
+  if not content:
+    raise ConfigError(f"data.tokenizer={path}: {file} is empty; copy it again.")
+  return file, content
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -362,6 +361,11 @@ class HuggingFaceTokenizer(Tokenizer):
     vocabulary = self._model.get_vocab(with_added_tokens=True)
     added = self._model.get_added_tokens_decoder()
     self.vocab_size = max(vocabulary.values(), default=-1) + 1
+    if self.vocab_size > MAX_VOCAB_SIZE:
+      raise ConfigError(
+        f"data.tokenizer={path} has a token of id {self.vocab_size - 1}, beyond the {MAX_VOCAB_SIZE} that are read; take"
+        " another."
+      )
     self._set_special_tokens(pathlib.Path(path), vocabulary, added)
     self.token_num_bytes = np.zeros(self.vocab_size, np.int32)
     is_byte_level = "ByteLevel" in str(self._model.decoder)
@@ -383,19 +387,19 @@ class HuggingFaceTokenizer(Tokenizer):
     generation = _read_json(path.with_name("generation_config.json"))
     stops = generation.get("eos_token_id")
     stops = stops if isinstance(stops, list) else [stops]
-    if not stops or not all(i is None or type(i) is int for i in stops):
-      raise ConfigError(f"generation_config.json beside {path}: eos_token_id={stops} is not an id.")
+    ids = set(vocabulary.values())
 
-    def find(name: str, llama4: str, given: int | None) -> int | None:
+    stops = [i for i in stops if type(i) is int and i in ids]
+
+    def find(name: str, llama4: str, given: Any) -> int | None:
       token = names.get(f"{name}_token")
-      token = token.get("content") if isinstance(token, dict) else token  # as transformers 4 does
-      if not (token is None or isinstance(token, str)):
-        raise ConfigError(f"beside {path}: {name}_token={token!r} is not a text.")
-      found = (vocabulary.get(token), vocabulary.get(llama4), given)
-      return next((i for i in found if i is not None), None)
+      token = token.get("content") if isinstance(token, dict) else token  # by transformers 4
+      named = vocabulary.get(token) if isinstance(token, str) else None
+      given = given if type(given) is int and given in ids else None  # no token has this id
+      return next((i for i in (named, vocabulary.get(llama4), given) if i is not None), None)
 
     bos = find("bos", BEGIN_OF_TEXT, generation.get("bos_token_id"))
-    eos = find("eos", END_OF_TEXT, stops[0])
+    eos = find("eos", END_OF_TEXT, stops[0] if stops else None)
     if bos is None or eos is None:
       raise _no_bos_or_eos(path)
     pad = find("pad", PADDING, generation.get("pad_token_id"))
@@ -453,9 +457,10 @@ def train_tokenizer(
   documents hold no text.
   """
   model = io.BytesIO()
+  sentences = list(_sentences(_sample(documents, seed)))  # SentencePiece would garble our errors
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=_sentences(_sample(documents, seed)),
+      sentence_iterator=iter(sentences),
       model_writer=model,
       model_type="bpe",
       vocab_size=vocab_size,
@@ -479,7 +484,9 @@ def train_tokenizer(
     )
   except RuntimeError as error:
     raise _training_failure(vocab_size, str(error)) from None
-  _write(pathlib.Path(path), model.getvalue())
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_whole(path, model.getvalue())
   return load_tokenizer(path)
 
 
@@ -490,7 +497,8 @@ def _training_failure(vocab_size: int, reason: str) -> Exception:
       f"model.vocab_size={vocab_size} is too small to train a tokenizer: the bytes and the characters of the text in"
       f" data.paths need {sizes[1]} pieces; set it higher, or set data.tokenizer."
     )
-  return DataError(f"a tokenizer cannot be trained on the documents of data.paths: {reason}")
+  reason = "they hold no text" if "sentences_.empty()" in reason else reason
+  return DataError(f"a tokenizer cannot be trained on the documents of data.paths: {reason}.")
 
 
 def _sample(documents: DocumentSource, seed: int) -> Iterator[str]:

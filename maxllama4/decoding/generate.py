@@ -59,7 +59,8 @@ def generate(
 
   `pixel_values` [tiles, 3, S, S] are the tiles of all prompts in order, as many as their patch tokens need.
   A row's samples depend on `seed` and its place in the batch alone.
-  Raises: ConfigError for an empty prompt, an id outside the vocabulary, or sampling settings out of range.
+  Raises: ConfigError for an empty prompt, one that leaves no positions for the new tokens, an id outside the vocabulary,
+  or sampling settings out of range.
   """
   try:
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -131,6 +132,13 @@ def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelC
     if wrong:
       raise ConfigError(
         f"prompts[{i}] holds token {wrong[0]}, outside 0..{config.vocab_size - 1} (model.vocab_size)."
+      )
+    longest, scaling = config.max_position_embeddings, config.rope_scaling
+    is_bounded = scaling is None or scaling.rope_type != "dynamic"
+    if is_bounded and len(prompt) + max_new_tokens > longest:
+      raise ConfigError(
+        f"prompts[{i}] holds {len(prompt)} tokens, which with max_new_tokens={max_new_tokens} exceed the {longest} positions"
+        " of the model (model.max_position_embeddings); shorten it, or lower max_new_tokens."
       )
 
 

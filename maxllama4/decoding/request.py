@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from maxllama4.data.images import stack_images
 from maxllama4.decoding.generate import Completion, generate, stream
 from maxllama4.decoding.sampling import Sampling
 from maxllama4.model.llama4 import Llama4ForCausalLM
+from maxllama4.settings import LARGEST_INT32, at_most
 
 Prompt = str | list[Any]  # a text to continue, or the messages of a dialog to answer
 
@@ -47,6 +49,11 @@ class DecodeRequest:
       raise ConfigError(f"output={self.output} is not one of text, json.")
     if (self.prompt is not None) + (self.prompts_file is not None) + self.chat != 1:
       raise ConfigError("give one of prompt=TEXT, prompts_file=PATH and chat=true.")
+    files = {"prompts_file": self.prompts_file}
+    files |= {f"images[{number}]": image for number, image in enumerate(self.images)}
+    for name, path in files.items():  # now, and not when the model is loaded
+      if path is not None and not os.path.exists(path):
+        raise ConfigError(f"{name}={path} cannot be read (there is no such file); check the path.")
     if self.images and self.prompts_file is not None:
       raise ConfigError(
         f"images={list(self.images)} stand before prompt=TEXT; in a prompts_file, write them into the messages."
@@ -54,6 +61,12 @@ class DecodeRequest:
     for name in ("max_new_tokens", "num_samples"):
       if getattr(self, name) < 1:
         raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
+    for name in ("max_new_tokens", "num_samples", "top_k", "seed"):
+      at_most(name, abs(getattr(self, name)), LARGEST_INT32)
+    if "" in self.stop:
+      raise ConfigError(
+        f"stop={list(self.stop)} holds an empty text, which every completion ends with; leave it out."
+      )
     if (self.stream or self.chat) and (
       self.prompts_file or self.num_samples > 1 or self.output == "json" or self.stop
     ):
@@ -78,7 +91,8 @@ class DecodeRequest:
       # Not splitlines: JSON may hold U+2028 and its like as they are.
       lines = pathlib.Path(self.prompts_file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-      raise ConfigError(f"prompts_file={self.prompts_file} cannot be read ({error}).") from None
+      reason = getattr(error, "strerror", None) or error
+      raise ConfigError(f"prompts_file={self.prompts_file} cannot be read ({reason}).") from None
     prompts = []
     for number, line in enumerate(lines, 1):
       if not line.strip():
@@ -99,7 +113,8 @@ def _prompt_of(line: str) -> Prompt | None:
   """What a line of `prompts_file` asks for; None where it is malformed."""
   try:
     entry = json.loads(line)
-  except ValueError:
+    json.dumps(entry, ensure_ascii=False).encode("utf-8")  # JSON may spell halves of characters
+  except (ValueError, RecursionError):
     return None
   if not isinstance(entry, dict):
     return None

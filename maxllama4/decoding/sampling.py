@@ -18,6 +18,8 @@ class Sampling:
   def __post_init__(self):
     if self.temperature < 0:
       raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or greater.")
+    if 0 < self.temperature < 1e-30:
+      raise ValueError(f"temperature={self.temperature} overflows float32; take 0 (greedy).")
     if self.top_k < 0:
       raise ValueError(f"top_k={self.top_k} must be 0 (off) or greater.")
     if not 0 < self.top_p <= 1:

@@ -33,7 +33,8 @@ def is_stacked(path: str) -> bool:
 class ModelTemplate:
   """The structure of a `Llama4ForCausalLM` of `config`; holds no weights and touches no device.
 
-  `frozen` names parts, by the start of their paths, that gradients do not move. Raises: ConfigError when there is none.
+  `frozen` names parts, by the start of their paths, that gradients do not move. Raises: ConfigError when the model has
+  no such part, or no other.
   """
 
   def __init__(self, config: ModelConfig, frozen: Sequence[str] = ()):
@@ -48,6 +49,10 @@ class ModelTemplate:
         any(_name(path).startswith(part) for path in self._variables),
         f"training.frozen={part[:-1]} is no part of the model; its parts are {', '.join(parts)}.",
       )
+    require(
+      not frozen or len(self.trainable) > 0,
+      f"training.frozen={list(frozen)} leaves nothing to train; leave out one of its parts.",
+    )
 
   @property
   def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:

@@ -48,26 +48,42 @@ class Evaluation:
   def __init__(
     self, config: Config, template: ModelTemplate, context: MeshContext, documents: EvalSet
   ):
-    self._context, self._documents = context, documents
+    self._config, self._context, self._documents = config, context, documents
     self._step = jax.jit(make_eval_step(config, template), out_shardings=context.sharding(()))
 
   def __call__(self, model: Arrays) -> Score:
-    sharding = self._context.sharding(("batch", "length"))
     sums = [
-      to_plain(self._step(model, place_batch(batch, sharding))) for batch in self._documents.batches
+      to_plain(self._step(model, place_batch(batch, self._config, self._context)))
+      for batch in self._documents.batches
     ]
     nats, weight = (math.fsum(s[name] for s in sums) for name in ("nats", "weight"))
     num_bytes = self._documents.num_bytes
     return Score(nats / weight, nats / math.log(2) / num_bytes, round(weight), num_bytes)
 
 
+def local_rows(config: Config, context: MeshContext) -> list[int]:
+  """Which rows of the global batch this host's devices hold; hosts share rows where the mesh splits rows among them."""
+  size = config.training.batch_size
+  places = context.sharding(("batch",)).addressable_devices_indices_map((size,)).values()
+  return sorted({row for (rows,) in places for row in range(size)[rows]})
+
+
 def place_batch(
-  batch: dict[str, np.ndarray], sharding: jax.sharding.Sharding
+  batch: dict[str, np.ndarray], config: Config, context: MeshContext
 ) -> dict[str, jax.Array]:
-  """A batch of which every host has its rows, on the devices of all."""
-  return {
-    name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
-  }
+  """A batch of which every host has its `local_rows`, on the devices of all."""
+  rows, sharding = local_rows(config, context), context.sharding(("batch", "length"))
+
+  def place(local: np.ndarray) -> jax.Array:
+    def piece(index: tuple[slice, slice]) -> np.ndarray:
+      wanted = range(config.training.batch_size)[index[0]]
+      first = rows.index(wanted[0])
+      return local[first : first + len(wanted), index[1]]
+
+    shape = (config.training.batch_size, local.shape[1])
+    return jax.make_array_from_callback(shape, sharding, piece)
+
+  return {name: place(local) for name, local in batch.items()}
 
 
 def evaluate_checkpoint(checkpoint: str | pathlib.Path, overrides: Sequence[str]) -> Score:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maxllama4.checkpoint.safetensors_files import read_json
 from maxllama4.checkpoint.store import CheckpointStore
 from maxllama4.config import Config, ConfigError, load_config, require
 from maxllama4.data.packing import ROW_DTYPES
@@ -51,16 +53,17 @@ def write_failure(
   step: int,
   reason: str,
   batch: dict[str, np.ndarray],
+  rows: Sequence[int],
   documents: Sequence[dict[str, Any]],
   diagnosis: dict[str, Any],
 ) -> pathlib.Path:
-  """The folder that holds the batch (each process its rows), where its rows come from, and `diagnosis`."""
+  """The folder that holds the batch (each process its `rows`), where its rows come from, and `diagnosis`."""
   folder = pathlib.Path(config.run_dir) / FAILURES / f"step-{step}"
   folder.mkdir(parents=True, exist_ok=True)
   index = jax.process_index()
-  np.savez(folder / f"batch-{index}.npz", **batch)
-  rows = "".join(f"{json.dumps(document)}\n" for document in documents)
-  (folder / f"documents-{index}.jsonl").write_text(rows, encoding="utf-8")
+  np.savez(folder / f"batch-{index}.npz", rows=np.asarray(rows), **batch)
+  lines = "".join(f"{json.dumps(document)}\n" for document in documents)
+  (folder / f"documents-{index}.jsonl").write_text(lines, encoding="utf-8")
   if index == 0:
     report = {"step": step, "reason": reason, **diagnosis}
     (folder / FAILURE_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -70,12 +73,18 @@ def write_failure(
 def read_batch(folder: pathlib.Path) -> dict[str, np.ndarray]:
   """The whole batch in `folder`. Raises: ConfigError when it is none that `write_failure` left."""
   parts = []
-  for path in sorted(folder.glob("batch-*.npz"), key=lambda path: int(path.stem.split("-")[1])):
-    with np.load(path, allow_pickle=False) as arrays:
-      require(set(arrays) == set(ROW_DTYPES), f"{path} is not a batch of a failed step.")
-      parts.append(dict(arrays))
+  for path in folder.glob("batch-*.npz"):
+    try:
+      with np.load(path, allow_pickle=False) as arrays:
+        parts.append({name: arrays[name] for name in ("rows", *ROW_DTYPES)})
+    except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
+      raise ConfigError(f"{path} is not a batch of a failed step ({error}).") from None
   require(bool(parts), f"{folder} holds no batch; name a folder of RUN/{FAILURES}.")
-  return {name: np.concatenate([part[name] for part in parts]) for name in ROW_DTYPES}
+  whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+  _, order = np.unique(
+    whole.pop("rows"), return_index=True
+  )  # processes may have read the same rows
+  return {name: values[order] for name, values in whole.items()}
 
 
 def replay(folder: str | pathlib.Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -86,7 +95,8 @@ def replay(folder: str | pathlib.Path, overrides: Sequence[str]) -> dict[str, An
   """
   folder = pathlib.Path(folder)
   batch = read_batch(folder)
-  step = json.loads((folder / FAILURE_FILE).read_text(encoding="utf-8"))["step"]
+  step = read_json(folder / FAILURE_FILE).get("step")
+  require(isinstance(step, int), f"{folder / FAILURE_FILE} names no step.")
   run_dir = folder.absolute().parent.parent
   config = load_config(run_dir / "config.yml", overrides)
   config = dataclasses.replace(config, run_dir=str(run_dir))
@@ -100,7 +110,7 @@ def replay(folder: str | pathlib.Path, overrides: Sequence[str]) -> dict[str, An
   with use_mesh(build_mesh(config), config.mesh) as context:
     shapes = abstract_state(template, optimizer, context)
     arrays = store.restore_model(step - 1, shapes.model)
-    placed = place_batch(batch, context.sharding(("batch", "length")))
+    placed = place_batch(batch, config, context)
     return {"step": step} | to_plain(make_diagnosis(config, template)(arrays, placed))
 
 

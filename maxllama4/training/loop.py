@@ -9,17 +9,17 @@ from typing import Any
 
 import jax
 import numpy as np
-import yaml
-from jax.experimental.compilation_cache import compilation_cache
+import optax
 
 from maxllama4.checkpoint.store import CheckpointStore, gather_json
-from maxllama4.config import Config, ConfigError, config_to_dict, read_yaml
+from maxllama4.config import Config, require
 from maxllama4.data.loader import make_eval_batches, make_loader, merge_states, prepare_tokenizer
+from maxllama4.hosts import start_hosts
 from maxllama4.mesh import build_mesh
 from maxllama4.model.llama4 import count_parameters, train_flops_per_token
 from maxllama4.model.weights import ModelTemplate
 from maxllama4.sharding import MeshContext, use_mesh
-from maxllama4.training.evaluate import Evaluation, place_batch
+from maxllama4.training.evaluate import Evaluation, local_rows, place_batch
 from maxllama4.training.failure import TrainingFailure, make_diagnosis, write_failure
 from maxllama4.training.health import FINE, REASONS
 from maxllama4.training.metrics import (
@@ -34,6 +34,7 @@ from maxllama4.training.metrics import (
 )
 from maxllama4.training.optimizer import learning_rate_schedule, make_optimizer
 from maxllama4.training.profiler import Profiler
+from maxllama4.training.run_dir import check_run_dir, compilation_cache_of, keep_config
 from maxllama4.training.signals import StopRequest
 from maxllama4.training.state import TrainState, abstract_state, init_state
 from maxllama4.training.step import make_train_step
@@ -70,22 +71,25 @@ def train(config: Config, extras: Extras | None = None) -> None:
   SIGTERM and Ctrl-C stop it after the step (or evaluation) under way, with a checkpoint. Raises: TrainingFailure at a
   step whose numbers are bad, unless `training.skip_nonfinite`.
   """
-  hosts = config.distributed
-  if hosts.enabled:
-    jax.distributed.initialize(hosts.coordinator_address, hosts.num_processes, hosts.process_id)
   check_wandb(config)
+  with start_hosts(config):
+    train_on_devices(config, extras or Extras())
+
+
+def train_on_devices(config: Config, extras: Extras) -> None:
+  """`train`, once JAX knows the devices of all hosts."""
   progress = Progress(config.training.steps)
   with StopRequest(progress.say) as stop:
     mesh = build_mesh(config)
-    run_dir = pathlib.Path(config.run_dir)
-    keep_config(config, run_dir)
-    use_compilation_cache(config)
-    tokenizer = prepare_tokenizer(config, run_dir, process_index=jax.process_index())
-    with use_mesh(mesh, config.mesh) as context:
-      run = Run(config, context, tokenizer, progress, stop, extras or Extras())
+    check_run_dir(config)
+    template = ModelTemplate(config.model, config.training.frozen)
+    optimizer = make_optimizer(config.optimizer, config.training.steps, template)
+    with compilation_cache_of(config), use_mesh(mesh, config.mesh) as context:
+      run = Run(config, context, template, optimizer, progress, stop, extras)
       run.resume()
+      keep_config(config)  # only now: what is refused leaves nothing behind
       run.loop()
-  progress.say(f"{'stopped' if run.stopped else 'done'}: {run_dir}")
+  progress.say(f"{'stopped' if run.stopped else 'done'}: {config.run_dir}")
 
 
 class Run:
@@ -95,40 +99,41 @@ class Run:
     self,
     config: Config,
     context: MeshContext,
-    tokenizer: Any,
+    template: ModelTemplate,
+    optimizer: optax.GradientTransformation,
     progress: Progress,
     stop: StopRequest,
     extras: Extras,
   ):
     self.config, self.context, self.progress = config, context, progress
-    self.tokenizer, self.stop, self.extras = tokenizer, stop, extras
+    self.stop, self.extras = stop, extras
     self.clock = Clock()
     self.stopped = False
-    self.template = ModelTemplate(config.model, config.training.frozen)
-    self.optimizer = make_optimizer(config.optimizer, config.training.steps, self.template)
+    self.template, self.optimizer = template, optimizer
     self.schedule = learning_rate_schedule(config.optimizer, config.training.steps)
-    self.store = CheckpointStore(config.run_dir, config.checkpoint)
     self.tokens = 0  # counted targets up to the last time somebody asked
     self._unchecked: collections.deque[StepTaken] = collections.deque()
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    self.loader = make_loader(config, tokenizer, **hosts)
+    self.tokenizer = prepare_tokenizer(config, config.run_dir, process_index=jax.process_index())
+    check_samples(config, self.tokenizer)
+    self.rows = local_rows(config, context)
+    self.loader = make_loader(config, self.tokenizer, self.rows)
     self.evaluate = None
     if config.training.eval_every:
-      held_out = make_eval_batches(config, tokenizer, **hosts)
+      held_out = make_eval_batches(config, self.tokenizer, self.rows)
       self.evaluate = Evaluation(config, self.template, context, held_out)
+    self.store = CheckpointStore(config.run_dir, config.checkpoint)
 
   def resume(self) -> None:
-    """Restores the newest checkpoint, or starts afresh."""
+    """Restores the newest whole checkpoint, or starts afresh."""
     self.resumed = bool(self.store.steps)
     if not self.resumed:
       self.state = init_state(
         self.template, self.optimizer, self.config.training.seed, self.context
       )
       return
-    step = self.store.steps[-1]
     shapes = abstract_state(self.template, self.optimizer, self.context)
     rest = {"step": shapes.step, "optimizer": shapes.optimizer, "health": shapes.health}
-    model, rest, position = self.store.restore(step, shapes.model, rest)
+    step, model, rest, position = self.store.restore_newest(shapes.model, rest, self.progress.say)
     self.state = TrainState(model=model, **rest)
     self.tokens = position["tokens"]
     self.loader.set_state(position["loader"])
@@ -152,6 +157,7 @@ class Run:
       self.state, taken.metrics = train_step(self.state, self._place(taken.batch))
       self.profiler.after(step, self.state)
       self._check(taken, first)
+      self.store.check()
       values = {}
       if step == steps or is_due(step, training.log_every):
         values |= self._log(taken)
@@ -202,7 +208,7 @@ class Run:
     return StepTaken(step, batch, position)
 
   def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    return place_batch(batch, self.context.sharding(("batch", "length")))
+    return place_batch(batch, self.config, self.context)
 
   def _check(self, taken: StepTaken, first: int) -> None:
     """Looks at the verdict on the step before `taken`, so that the device never waits for the host."""
@@ -232,11 +238,12 @@ class Run:
   def _fail(self, taken: StepTaken, reason: str) -> None:
     """Keeps the failed step, and a checkpoint of the state before it, from which the run goes on."""
     step = taken.step
+    self._unchecked.clear()  # what came after it moved nothing
     self.state = self.state.resumable()
     diagnosis = make_diagnosis(self.config, self.template)
     diagnosis = to_plain(diagnosis(self.state.model, self._place(taken.batch)))
     documents = self.loader.describe(taken.batch, taken.position)
-    folder = write_failure(self.config, step, reason, taken.batch, documents, diagnosis)
+    folder = write_failure(self.config, step, reason, taken.batch, self.rows, documents, diagnosis)
     if step - 1 not in self.store.steps:
       self._save(step - 1, taken.position)
     self.store.wait()
@@ -340,28 +347,13 @@ def is_due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-def keep_config(config: Config, run_dir: pathlib.Path) -> None:
-  """Writes the resolved configuration into the run. Raises: ConfigError when the run is of another model."""
-  path = run_dir / "config.yml"
-  tree = config_to_dict(config)
-  if path.exists():
-    earlier = read_yaml(path)
-    for name, value in tree["model"].items():
-      if earlier.get("model", {}).get(name) != value:
-        raise ConfigError(
-          f"model.{name}={value}, but {path} was trained with {earlier.get('model', {}).get(name)}; set run_dir to"
-          " a new folder, or the model as it was."
-        )
-  if jax.process_index() == 0:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-
-
-def use_compilation_cache(config: Config) -> None:
-  """Keeps compiled programs for the next start of this run, or of any that shares the folder."""
-  folder = config.compilation_cache
-  jax.config.update("jax_enable_compilation_cache", folder is not None)
-  if folder is not None:
-    compilation_cache.reset_cache()  # in case this process has used another
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.run_dir, folder)))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+def check_samples(config: Config, tokenizer: Any) -> None:
+  """Raises: ConfigError when a prompt of `reporting` would not fit into the model at the first evaluation."""
+  limit = config.model.max_position_embeddings
+  for i, prompt in enumerate(config.reporting.sample_prompts):
+    tokens = 1 + len(tokenizer.encode(prompt)) + config.reporting.sample_tokens
+    require(
+      tokens <= limit,
+      f"reporting.sample_prompts[{i}] and reporting.sample_tokens={config.reporting.sample_tokens} make {tokens} tokens"
+      f" where the model has {limit} positions (model.max_position_embeddings); shorten them.",
+    )

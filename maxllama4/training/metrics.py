@@ -18,14 +18,15 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from maxllama4.config import Config, ConfigError, config_to_dict
+from maxllama4.training.board import Board
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 SPENT_ON = ("data", "checkpoint", "evaluation", "other")
+MAX_REPORT_SHARE = 0.02  # of a run's time that goes into rewriting its report
 PAUSES = ("evaluation", "other")  # not counted in the seconds of a step
 # Dense bf16 FLOPs a second of one JAX device, by the start of its `device_kind`.
 PEAK_FLOPS = {
@@ -70,7 +71,8 @@ class RunWriter:
     self._reported = time.monotonic()
     for name in (METRICS_FILE, SAMPLES_FILE):
       take_back(self._run_dir / name, first_step)
-    self._board = SummaryWriter(str(self._run_dir), purge_step=first_step + 1)
+    take_back(self._run_dir / EVENTS_FILE, math.inf)
+    self._board = Board(self._run_dir, first_step + 1)
     self._wandb = open_wandb(config)
 
   def write(self, step: int, values: dict[str, Any]) -> None:
@@ -78,9 +80,8 @@ class RunWriter:
     if not self._is_writer:
       return
     self._append(METRICS_FILE, {"step": step, **values})
-    for name, value in values.items():
-      self._to_board(name, value, step)
-    self._board.flush()
+    with naming(self._run_dir):
+      self._board.write(step, values)
     if self._wandb is not None:
       self._wandb.log({k: v for k, v in values.items() if not isinstance(v, list)}, step=step)
     if self._every and time.monotonic() - self._reported >= self._every:
@@ -95,9 +96,17 @@ class RunWriter:
     self._append(SAMPLES_FILE, {"step": step, "prompt": prompt, "completion": completion})
 
   def report(self) -> None:
-    if self._report is not None:
+    """Rewrites the report; a large one, that takes long, less often."""
+    if self._report is None:
+      return
+    start = time.monotonic()
+    try:
       self._report(self._run_dir)
+    except OSError as error:  # no reason to lose the run
+      print(f"{self._run_dir}: no report was written ({error.strerror})", file=sys.stderr)
     self._reported = time.monotonic()
+    if self._every:
+      self._every = max(self._every, (self._reported - start) / MAX_REPORT_SHARE)
 
   def close(self) -> None:
     if self._is_writer:
@@ -108,21 +117,23 @@ class RunWriter:
 
   def _append(self, name: str, line: dict[str, Any]) -> None:
     if self._is_writer:
-      with (self._run_dir / name).open("a", encoding="utf-8") as file:
+      path = self._run_dir / name
+      with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-  def _to_board(self, name: str, value: Any, step: int) -> None:
-    """Numbers and lists of them as scalars, lists of lists as a histogram each."""
-    if isinstance(value, list):
-      for i, item in enumerate(value):
-        self._to_board(f"{name}/{i}", np.array(item) if isinstance(item, list) else item, step)
-    elif isinstance(value, np.ndarray):
-      self._board.add_histogram(name, value, step)
-    elif value is not None:
-      self._board.add_scalar(name, value, step)
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+  """Failures of the disk with the path: those of a write name none."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is not None:
+      raise
+    raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def take_back(path: pathlib.Path, last_step: int) -> None:
+def take_back(path: pathlib.Path, last_step: int | float) -> None:
   """Leaves out of a file of JSON lines those after `last_step`, and what is no whole line."""
   if not path.exists():
     return

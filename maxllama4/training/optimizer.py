@@ -1,8 +1,10 @@
 """Learning-rate schedule, clipping, decay mask: one optax chain."""
 
+import jax.numpy as jnp
+import numpy as np
 import optax
 
-from maxllama4.config import OptimizerConfig
+from maxllama4.config import OptimizerConfig, require
 from maxllama4.model.weights import ModelTemplate
 
 
@@ -38,7 +40,15 @@ def is_decayed(path: str) -> bool:
 def make_optimizer(
   config: OptimizerConfig, steps: int, template: ModelTemplate
 ) -> optax.GradientTransformation:
-  """The chain that turns gradients of the trainable arrays into updates."""
+  """The chain that turns gradients of the trainable arrays into updates.
+
+  Raises: ConfigError when `config.eps` is 0 in the dtype of weights and optimizer state: updates would be NaN.
+  """
+  dtype = template.config.param_dtype
+  require(
+    np.array(config.eps).astype(jnp.dtype(dtype)) > 0,
+    f"optimizer.eps={config.eps} is 0 in param_dtype={dtype}; raise it, or set param_dtype to float32 or bfloat16.",
+  )
   decayed = {path: is_decayed(path) for path in template.trainable}
   schedule = learning_rate_schedule(config, steps)
   clip = optax.identity()

@@ -13,7 +13,10 @@ class StopRequest:
   """Whether somebody asked the run to stop; a context that takes SIGTERM and Ctrl-C while it lasts.
 
   Before `defer`, when there is nothing to save, a signal ends the process at once with exit code 0. After it, the first
-  one is kept for the loop to see, and a second Ctrl-C is a KeyboardInterrupt. Several processes agree on the step.
+  one is kept for the loop to see, and a second Ctrl-C is a KeyboardInterrupt.
+
+  Among several processes a signal to one stops all after the same step, on which JAX's preemption service agrees. It takes
+  SIGTERM itself, also before the first step: then they stop after that.
   """
 
   def __init__(self, say: Callable[[str], None]):
@@ -22,7 +25,8 @@ class StopRequest:
 
   def __enter__(self) -> "StopRequest":
     if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
+      taken = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGTERM, signal.SIGINT]
+      for number in taken:
         self._earlier[number] = signal.signal(number, self._take)
     return self
 
@@ -46,4 +50,6 @@ class StopRequest:
     if self._asked and number == signal.SIGINT:
       raise KeyboardInterrupt
     self._asked = True
+    if jax.process_count() > 1:
+      signal.raise_signal(signal.SIGTERM)
     self._say(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint")

@@ -18,7 +18,8 @@ from maxllama4.config import (
   OptimizerConfig,
   ReportingConfig,
 )
-from maxllama4.training.loop import Extras, is_due, keep_config, train
+from maxllama4.training.loop import Extras, is_due, train
+from maxllama4.training.run_dir import check_run_dir, keep_config
 from maxllama4.training.signals import StopRequest
 
 MODEL = tiny_config(vocab_size=320, initializer_range=0.1)
@@ -183,10 +184,19 @@ def test_a_run_directory_of_another_model_is_refused(config, whole):
   assert load_config(whole / "config.yml") == config
 
 
+def test_a_run_that_is_refused_for_its_data_keeps_its_configuration(config, whole):
+  training = dataclasses.replace(config.training, steps=9, seed=1)
+  with pytest.raises(ConfigError, match=r"training.seed=1, but .* was taken with 0"):
+    train(dataclasses.replace(config, training=training))
+  assert load_config(whole / "config.yml") == config
+
+
 def test_settings_of_training_may_change_in_a_run_directory(config, tmp_path):
-  keep_config(config, tmp_path)
+  config = dataclasses.replace(config, run_dir=str(tmp_path))
+  keep_config(config)
   longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=9))
-  keep_config(longer, tmp_path)
+  check_run_dir(longer)
+  keep_config(longer)
   assert load_config(tmp_path / "config.yml") == longer
 
 
