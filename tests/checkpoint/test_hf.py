@@ -286,7 +286,7 @@ def test_a_model_without_chunks_says_so_in_a_way_that_transformers_can_read():
     ({"layer_types": ["full_attention"] + ["chunked_attention"] * 7}, r"chunks in layers \[1, 2,"),
     ({"no_rope_layers": [1] * 7}, "no_rope_layers has 7 entries, fewer than num_hidden_layers=8"),
     ({"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
-    ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
+    ({"num_hidden_layers": None}, "num_hidden_layers=None must be a whole number"),
     ({"num_hidden_layers": "8"}, "num_hidden_layers='8' must be a JSON whole number"),
     ({"moe_layers": 3}, "moe_layers=3 must be a JSON array"),
     ({"rope_parameters": "llama3"}, "rope_parameters='llama3' must be a JSON object"),
