@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from maxllama4.config import ConfigError
 from maxllama4.model.embeddings import logits_of
 from maxllama4.model.llama4 import Llama4ForCausalLM, sequences_of
+from maxllama4.model.vision import patch_rope_tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,13 +40,16 @@ class BlockDifference:
   """How far apart two models are behind one block."""
 
   layer: int | None  # None: outside the layers
-  block: str  # embedding; attention, feed_forward; norm, logits
+  block: str  # embedding; attention, feed_forward; norm, logits; of a vision tower: "vision " + its block
   max_difference: float
   relative_difference: float  # over the root mean square of the first model's values
 
   @property
   def name(self) -> str:
-    return self.block if self.layer is None else f"layer {self.layer} {self.block}"
+    if self.layer is None:
+      return self.block
+    tower, _, block = self.block.rpartition(" ")
+    return f"{tower} layer {self.layer} {block}".lstrip()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +70,7 @@ def compare_models(
 ) -> Comparison:
   """What each block of both gives for `tokens`, each model on its own activations.
 
-  Raises: ConfigError when their layers cannot be set side by side, or a token is not in the vocabulary.
+  So for the vision towers, where both have one of the same sizes, and a tile of noise. Raises: ConfigError when their layers cannot be set side by side, or a token is not in the vocabulary.
   """
   settings = {
     field.name: (getattr(one.config, field.name), getattr(other.config, field.name))
@@ -80,8 +85,11 @@ def compare_models(
   if not all(0 <= token < one.config.vocab_size for token in tokens):
     raise ConfigError(f"tokens={tokens} must lie in 0..{one.config.vocab_size - 1}.")
   batch = jnp.asarray([tokens], jnp.int32)
+  pairs = zip(_blocks(one, batch), _blocks(other, batch))
+  if one.config.vision_config is not None and "vision_config" not in settings:
+    pairs = itertools.chain(zip(_vision_blocks(one), _vision_blocks(other)), pairs)
   blocks = []
-  for (layer, block, mine), (_, _, theirs) in zip(_blocks(one, batch), _blocks(other, batch)):
+  for (layer, block, mine), (_, _, theirs) in pairs:
     mine, theirs = np.asarray(mine, np.float32), np.asarray(theirs, np.float32)
     difference = float(np.abs(mine - theirs).max())
     size = float(np.sqrt(np.mean(np.square(mine, dtype=np.float64))))
@@ -111,6 +119,31 @@ def _blocks(
   x = model.norm(x)
   yield None, "norm", x
   yield None, "logits", logits_of(x, model.head_weight())
+
+
+def _vision_blocks(model: Llama4ForCausalLM) -> Iterator[tuple[int | None, str, jax.Array]]:
+  """Layer, block and output of every block of the vision tower, for a tile of noise."""
+  vision = model.config.vision_config
+  shape = (1, vision.num_channels, vision.image_size, vision.image_size)
+  noise = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+  x, tables = model.vision.embed(jnp.asarray(noise)), patch_rope_tables(vision)
+  yield None, "vision embedding", x
+  for i in range(vision.num_hidden_layers):
+    attention, feed_forward, x = _vision_layer(*nnx.split(model.vision.encoder.layer(i)), x, tables)
+    yield i, "vision attention", attention
+    yield i, "vision feed_forward", feed_forward
+  features = model.vision.features(x)
+  yield None, "vision adapter", features
+  yield None, "vision projector", model.projector(features)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _vision_layer(graph, state, x, tables):
+  """As `_layer`, for one of the tower's."""
+  layer = nnx.merge(graph, state)
+  attention = layer.attention(layer.input_norm(x), *tables)
+  after = layer(x, *tables)
+  return attention, after - x - attention, after
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from maxllama4.checkpoint.hf import SHARD_BYTES, HuggingFaceWriter
+from maxllama4.checkpoint.hf import SHARD_BYTES, HuggingFaceWriter, tensor_table
 from maxllama4.checkpoint.run_tensors import RunWriter
 from maxllama4.checkpoint.safetensors_files import read_json, write_json
 from maxllama4.checkpoint.tensors import (
@@ -78,6 +78,7 @@ def convert(
   holds something else, or the disk is too small, all before anything is written.
   """
   out = out or sys.stderr
+  destination = destination.resolve()  # a link stays, and what it leads to is made
   plan = _plan(source, asked)
   if _is_done(destination, plan):
     out.write(f"{destination} is complete already\n")
@@ -99,6 +100,7 @@ def convert(
 def save(source: TensorSource, destination: pathlib.Path, asked: Conversion) -> None:
   """`convert` without a word, and always from the start: for a source that is not a file."""
   config, dtypes = _result_of(source, asked, sys.stderr)
+  destination = destination.resolve()
   partial = _partial(destination)
   sink = _sink(partial, source, config, dtypes, asked)
   _prepare(partial, None, sink)
@@ -107,26 +109,49 @@ def save(source: TensorSource, destination: pathlib.Path, asked: Conversion) -> 
 
 
 def _partial(destination: pathlib.Path) -> pathlib.Path:
-  return destination.absolute().with_name(f"{destination.absolute().name}.partial")
+  """Where the work is kept, on the same disk. Raises: ConfigError when it could not become `destination`."""
+  if destination.is_mount():
+    raise ConfigError(
+      f"{destination} is a mount point and cannot be replaced; give a folder in it."
+    )
+  return destination.with_name(f"{destination.name}.partial")
 
 
 def _prepare(partial: pathlib.Path, companions: pathlib.Path | None, sink: TensorSink) -> None:
   """Starts afresh. Raises: ConfigError when `partial` is something else than what a conversion left."""
   if partial.exists() and any(partial.iterdir()) and not (partial / DONE).exists():
     raise ConfigError(f"{partial} is needed for the work, but holds something else; move it away.")
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  (partial / DONE).touch()
+  partial.mkdir(parents=True, exist_ok=True)
+  (partial / DONE).touch()  # from now on, and until all is done, this says whose folder it is
+  for path in partial.iterdir():
+    if path.is_dir() and not path.is_symlink():
+      shutil.rmtree(path)
+    elif path.name != DONE:
+      path.unlink()
+  (partial / DONE).write_bytes(b"")
   if companions is not None:
     _copy_companions(companions, partial)
   sink.prepare()
 
 
 def _finish(partial: pathlib.Path, destination: pathlib.Path) -> None:
+  """Makes `destination` of what is complete, once all of it is on the disk."""
+  for path in (*partial.rglob("*"), partial):
+    _sync(path)
   (partial / DONE).unlink()
   if destination.exists():
     destination.rmdir()  # it is empty
   os.replace(partial, destination)
+  _sync(destination.parent)
+
+
+def _sync(path: pathlib.Path) -> None:
+  """Returns when the file or the folder's list of names is on the disk."""
+  file = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(file)
+  finally:
+    os.close(file)
 
 
 def _result_of(
@@ -291,11 +316,22 @@ def _copy(
   view = source.view(tensor, dims)
 
   def copy(box):
-    piece = np.asarray(view[box]).astype(dtype, copy=False)
+    piece = _cast(np.asarray(view[box]), dtype, tensor.name)
     sink.write(tensor, dims, box, piece)
     return piece.nbytes
 
   return threads.map(copy, boxes(dims, dtype.itemsize))
+
+
+def _cast(piece: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+  """The piece of tensor `name` in `dtype`. Raises: ConfigError where numbers become infinite: float16 ends at 65504."""
+  if dtype == piece.dtype:
+    return piece
+  with np.errstate(over="ignore"):
+    cast = piece.astype(dtype)
+  if dtype == np.float16 and np.isinf(cast).sum() != np.isinf(piece).sum():
+    raise ConfigError(f"{name} has numbers beyond 65504, the end of dtype=float16; take bfloat16.")
+  return cast
 
 
 def _copy_companions(source: pathlib.Path, destination: pathlib.Path) -> None:
@@ -313,8 +349,15 @@ def _copy_companions(source: pathlib.Path, destination: pathlib.Path) -> None:
 def describe(source: TensorSource, asked: Conversion, out: io.TextIOBase) -> None:
   """Prints every tensor of the result with its shape, dtype and bytes, and what would be skipped; writes no file."""
   dtypes = _result_of(source, asked, out)[1]
+  named = tensor_table(source.config) if asked.to == "hf" else source.table
+  names = {(tensor.path, tensor.stack_index, tensor.within): tensor.name for tensor in named}
   rows = [
-    (t.name, str(list(source.tensors[t.name].shape)), str(dtypes[t.path]), f"{size:,}")
+    (
+      names[t.path, t.stack_index, t.within],
+      str(list(source.tensors[t.name].shape)),
+      str(dtypes[t.path]),
+      f"{size:,}",
+    )
     for t, size in sizes(source, dtypes)
   ]
   widths = [max(len(row[i]) for row in rows) for i in range(4)]

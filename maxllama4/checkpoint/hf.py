@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from maxllama4.checkpoint.safetensors_files import (
+  Entry,
   FileView,
   SafetensorsWriter,
   check_kinds,
@@ -185,7 +186,7 @@ def model_config_from_hf(raw: dict[str, Any], dtype: str, source: pathlib.Path) 
   scaling = rope if raw.get("rope_scaling") is None else raw["rope_scaling"]
   num_layers = raw.get("num_hidden_layers") or 0
   at_most(f"{source}: num_hidden_layers", num_layers, MAX_LAYERS)
-  nope_layers, nope_interval = _nope_layers(raw, num_layers)
+  nope_layers, nope_interval, has_chunks = _nope_layers(raw, num_layers, source)
   step = raw.get("interleave_moe_layer_step", 1)
   moe_layers = raw.get("moe_layers")
   if moe_layers == [i for i in range(num_layers) if step and (i + 1) % step == 0]:
@@ -197,6 +198,7 @@ def model_config_from_hf(raw: dict[str, Any], dtype: str, source: pathlib.Path) 
     "rope_scaling": rope_scaling_from_hf(scaling, _DEFAULTS | raw, source),
     "nope_layers": nope_layers,
     "nope_layer_interval": nope_interval,
+    **({} if has_chunks else {"attention_chunk_size": None}),
     "interleave_moe_layer_step": step,
     "moe_layers": moe_layers,
     "attn_temperature_tuning": bool(raw.get("attn_temperature_tuning", True)),
@@ -260,17 +262,38 @@ _DEFAULTS = {
 }
 
 
-def _nope_layers(raw: dict[str, Any], num_layers: int) -> tuple[list[int] | None, int]:
-  """NoPE layers as a list (None where the interval says the same) and the interval."""
+def _nope_layers(
+  raw: dict[str, Any], num_layers: int, source: pathlib.Path
+) -> tuple[list[int] | None, int, bool]:
+  """NoPE layers as a list (None where the interval says the same), the interval, and whether RoPE goes with chunks.
+
+  `no_rope_layers` says where there is RoPE, and `layer_types` where there are chunks. Raises: ConfigError where they
+  contradict each other.
+  """
   interval = raw.get("no_rope_layer_interval") or 4
-  if raw.get("layer_types"):
-    nope = [i for i, kind in enumerate(raw["layer_types"]) if kind == "full_attention"]
-  elif raw.get("no_rope_layers"):  # 1 where RoPE is used; an empty list means the default
-    nope = [i for i, uses_rope in enumerate(raw["no_rope_layers"]) if not uses_rope]
-  else:
-    return None, interval
   regular = [i for i in range(num_layers) if (i + 1) % interval == 0]
-  return (None if nope == regular else nope), interval
+  nope = regular
+  if raw.get("no_rope_layers"):  # 1 where RoPE is used; an empty list means the default
+    _check_length(raw, "no_rope_layers", num_layers, source)
+    nope = [i for i in range(num_layers) if not raw["no_rope_layers"][i]]
+  with_rope = [i for i in range(num_layers) if i not in nope]
+  chunked = with_rope
+  if raw.get("layer_types"):
+    _check_length(raw, "layer_types", num_layers, source)
+    chunked = [i for i in range(num_layers) if raw["layer_types"][i] == "chunked_attention"]
+  require(
+    chunked in (with_rope, []),
+    f"{source}: layer_types has chunks in layers {chunked}, but layers {with_rope} have RoPE (no_rope_layers); only"
+    " layers with RoPE can be chunked, all or none.",
+  )
+  return None if nope == regular else nope, interval, chunked == with_rope
+
+
+def _check_length(raw: dict[str, Any], name: str, wanted: int, source: pathlib.Path) -> None:
+  require(
+    len(raw[name]) >= wanted,
+    f"{source}: {name} has {len(raw[name])} entries, fewer than num_hidden_layers={wanted}; add what is missing.",
+  )
 
 
 def rope_scaling_from_hf(
@@ -305,9 +328,14 @@ class HuggingFaceFolder(TensorSource):
     self.folder, self.name = folder, str(folder)
     config = self._read_config()
     self.files = [folder / "config.json", *_files(folder)]
-    self._places = {
-      name: entry for file in self.files[1:] for name, entry in read_header(file).items()
-    }
+    self._places: dict[str, Entry] = {}
+    for file in self.files[1:]:
+      entries = read_header(file)
+      twice = sorted(set(entries) & set(self._places))
+      require(
+        not twice, f"{file} holds {', '.join(twice)}, which another file does, too; keep one."
+      )
+      self._places |= entries
     self.tensors = {name: entry.shape for name, entry in self._places.items()}
     embedding = self.tensors.get(tensor_table(config)[0].name)
     dtype = config.param_dtype if embedding is None else str(embedding.dtype)
@@ -372,6 +400,7 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
       raise ConfigError(f"{folder / INDEX} has no weight_map of files by tensor; copy it again.")
+    require(weight_map, f"{folder / INDEX} names no files; copy it again.")
     names = sorted(set(weight_map.values()))
   else:
     names = [SINGLE]
@@ -484,7 +513,6 @@ def _text_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     "num_local_experts",
     "num_experts_per_tok",
     "interleave_moe_layer_step",
-    "attention_chunk_size",
     "use_qk_norm",
     "attn_temperature_tuning",
     "attn_scale",
@@ -511,7 +539,12 @@ def _text_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     if config.floor_scale.is_integer()
     else config.floor_scale,
     "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+    # transformers cannot do without a size; then no layer is chunked, and to others all positions are one chunk.
+    "attention_chunk_size": config.attention_chunk_size or config.max_position_embeddings,
     "no_rope_layers": [int(kind.uses_rope) for kind in kinds],
-    "layer_types": ["chunked_attention" if kind.uses_rope else "full_attention" for kind in kinds],
+    "layer_types": [
+      "chunked_attention" if kind.uses_rope and config.attention_chunk_size else "full_attention"
+      for kind in kinds
+    ],
     "moe_layers": [i for i, kind in enumerate(kinds) if kind.is_moe],
   }

@@ -73,7 +73,7 @@ def read_config(source: pathlib.Path) -> ModelConfig:
   section |= {
     "intermediate_size_mlp": section["intermediate_size"],
     "num_key_value_heads": raw.get("num_key_value_heads") or heads,
-    "head_dim": raw.get("head_dim") or section["hidden_size"] // heads,
+    "head_dim": raw.get("head_dim") or (section["hidden_size"] or 0) // heads,
     "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
     "rope_scaling": hf.rope_scaling_from_hf(scaling, section | raw, source),
     "dtype": "float32",

@@ -18,7 +18,7 @@ import numpy as np
 from maxllama4.checkpoint import hf
 from maxllama4.checkpoint.pth import StoredTensor, read_pth
 from maxllama4.checkpoint.safetensors_files import check_kinds, read_json
-from maxllama4.checkpoint.tensors import Tensor, TensorSource
+from maxllama4.checkpoint.tensors import Box, Tensor, TensorSource
 from maxllama4.config import DTYPES, ConfigError, ModelConfig, require
 from maxllama4.model.weights import ModelTemplate, layer_place
 from maxllama4.model_config import MAX_LAYERS
@@ -33,6 +33,14 @@ _IGNORABLE = re.compile(
 _LLAMA4_PARAMS = {
   *("moe_args", "vision_args", "use_qk_norm", "attention_chunk_size"),
   *("nope_layer_interval", "attn_temperature_tuning"),
+}
+
+# Tokens that start, end and pad a text. params.json does not name them, but each vocabulary has its size.
+_TOKEN_NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TOKEN_IDS = {
+  202048: (200000, (200001, 200007, 200008), 200018),  # Llama 4
+  128256: (128000, (128001, 128008, 128009), 128004),  # Llama 3
+  32000: (1, 2, None),  # Llama 1 and 2
 }
 
 Shards = dict[str, dict[str, StoredTensor]]  # tensors by name, by file
@@ -50,12 +58,26 @@ class Part(Tensor):
     shape = template.shapes[self.path].shape[0 if self.stack_index is None else 1 :]
     return shape if self.half is None else shape[:2] + shape[3:]
 
-  def shard_shape(self, template: ModelTemplate, num_shards: int) -> tuple[int, ...]:
-    """Shape in the file of what one shard has."""
+  def block_shape(self, template: ModelTemplate, num_shards: int) -> tuple[int, ...]:
+    """The part of that shape that one shard has."""
     shape = list(self.whole_shape(template))
     if self.split is not None:
       shape[self.split] //= num_shards
-    return self.file_shape(tuple(shape))
+    return tuple(shape)
+
+  def shard_shape(self, template: ModelTemplate, num_shards: int) -> tuple[int, ...]:
+    """Shape in the file of what one shard has."""
+    return self.file_shape(self.block_shape(template, num_shards))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+  """Where the array of a part is, or a half of it."""
+
+  part: Part
+  row: int  # of the tensors, where the array starts
+  block: tuple[int, ...]  # shape of what one shard has of our array
+  shards: list[StoredTensor]
 
 
 # The table. An array of the model is (path, groups of its dims in the file, dim that shards cut, half).
@@ -224,20 +246,40 @@ class MetaFolder(TensorSource):
 
   def _dtype(self, tensor: Tensor) -> np.dtype:
     pieces = self._pieces[tensor.path, tensor.stack_index]
-    return np.result_type(*(stored[0].dtype for _, _, stored in pieces))
+    return np.result_type(*(piece.shards[0].dtype for piece in pieces))
 
   def read(self, name: str) -> np.ndarray:
     tensor = next(tensor for tensor in self.table if tensor.name == name)
-    part = np.empty(tensor.part_shape(self._shapes[tensor.path].shape), self._dtype(tensor))
-    for piece in self._pieces[tensor.path, tensor.stack_index]:
-      _fill(part, *piece)
-    return tensor.to_file(part)
+    shape = self._shapes[tensor.path].shape
+    dims = tensor.dims(shape)
+    whole = self.view(tensor, dims)[tuple(slice(0, dim) for dim in dims)]
+    return whole.reshape(tensor.file_shape(tensor.part_shape(shape)))
+
+  def view(self, tensor: Tensor, dims: tuple[int, ...]) -> "_ShardsView":
+    return _ShardsView(tensor, self._pieces[tensor.path, tensor.stack_index], self._dtype(tensor))
+
+
+@dataclasses.dataclass(frozen=True)
+class _ShardsView:
+  """A tensor cut into shards; indexed with a box it reads that, from the shards that reach into it."""
+
+  tensor: Tensor
+  pieces: list[_Piece]
+  dtype: np.dtype
+
+  def __getitem__(self, box: Box) -> np.ndarray:
+    order = self.tensor.order
+    wanted = [box[place] for place in np.argsort(order)]  # along the dims of our array
+    result = np.empty([part.stop - part.start for part in wanted], self.dtype)
+    for piece in self.pieces:
+      _fill(result, wanted, piece)
+    return result.transpose(order)
 
 
 def _pieces(
   folder: pathlib.Path, shards: Shards, template: ModelTemplate
-) -> dict[tuple[str, int | None], list[tuple[Part, int, list[StoredTensor]]]]:
-  """By path and place in the stack: what makes up the array, the row where it starts, and the tensors of all shards."""
+) -> dict[tuple[str, int | None], list[_Piece]]:
+  """What makes up each array, by path and place in the stack."""
   first, *_ = shards.values()
   table = tensor_table(template.config, first)
   ignored = {name for shard in shards.values() for name in shard if _IGNORABLE.search(name)}
@@ -253,12 +295,14 @@ def _pieces(
     raise ConfigError(
       f"{folder} does not hold the model that its {PARAMS} describes: {'; '.join(problems)}."
     )
-  pieces: dict[tuple[str, int | None], list[tuple[Part, int, list[StoredTensor]]]] = {}
+  pieces: dict[tuple[str, int | None], list[_Piece]] = {}
   for name, parts in table.items():
     row, tensors = 0, [shard[name] for shard in shards.values()]
     for part in parts:
-      pieces.setdefault((part.path, part.stack_index), []).append((part, row, tensors))
-      row += part.shard_shape(template, len(shards))[0]
+      block = part.block_shape(template, len(shards))
+      piece = _Piece(part, row, block, tensors)
+      pieces.setdefault((part.path, part.stack_index), []).append(piece)
+      row += part.file_shape(block)[0]
   return pieces
 
 
@@ -283,13 +327,28 @@ def _problems(
       yield name, f"is of {tensor.dtype} where one of {', '.join(DTYPES)} was expected"
 
 
-def _fill(target: np.ndarray, part: Part, row: int, tensors: list[StoredTensor]) -> None:
-  """Copies into `target`, one layer's array, what the shards `tensors` of a tensor have of `part`, from row `row` on."""
-  target = target if part.half is None else target[:, :, part.half]
-  blocks = [target] if part.split is None else np.split(target, len(tensors), part.split)
-  for block, tensor in zip(blocks, tensors):
-    rows = part.file_shape(block.shape)[0]
-    block[...] = part.from_file(tensor.read()[row : row + rows], block.shape)
+def _fill(target: np.ndarray, wanted: list[slice], piece: _Piece) -> None:
+  """Copies into `target`, the box `wanted` of an array, what the shards have of it."""
+  part = piece.part
+  if part.half is not None:  # dim 2 is gate and up
+    if not wanted[2].start <= part.half < wanted[2].stop:
+      return
+    target = target[:, :, part.half - wanted[2].start]
+    wanted = [*wanted[:2], *wanted[3:]]
+  rows = slice(piece.row, piece.row + part.file_shape(piece.block)[0])
+  if part.split is None:  # every shard has all of it
+    block = part.from_file(piece.shards[0].read()[rows], piece.block)
+    target[...] = block[tuple(wanted)]
+    return
+  size, first, last = piece.block[part.split], wanted[part.split].start, wanted[part.split].stop
+  for number, stored in enumerate(piece.shards):
+    start, stop = max(first, number * size), min(last, (number + 1) * size)
+    if start < stop:
+      source, place = list(wanted), [slice(None)] * len(wanted)
+      source[part.split] = slice(start - number * size, stop - number * size)
+      place[part.split] = slice(start - first, stop - first)
+      block = part.from_file(stored.read()[rows], piece.block)
+      target[tuple(place)] = block[tuple(source)]
 
 
 def _read_shards(folder: pathlib.Path) -> Shards:
@@ -345,11 +404,11 @@ def read_config(folder: pathlib.Path, shards: Shards) -> ModelConfig:
     "rms_norm_eps": params.get("norm_eps", 1e-5),
     "initializer_range": 0.02,
     "tie_word_embeddings": False,
-    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     **_rope(params),
     "dtype": "float32",
   }
   section |= _text_sizes(section, params, shards, source)
+  section |= zip(_TOKEN_NAMES, _TOKEN_IDS.get(section["vocab_size"], (None, None, None)))
   if params.get("vision_args"):
     section["vision_config"] = _vision_section(params["vision_args"], shards, source)
     section |= {name: params.get(name, default) for name, default in hf.IMAGE_TOKENS.items()}

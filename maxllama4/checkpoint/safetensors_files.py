@@ -32,6 +32,7 @@ _DTYPES = {
   "BOOL": "bool",
 }
 _CODES = {jnp.dtype(name): code for code, name in _DTYPES.items()}
+_MAX_HEADER_BYTES = 10**8  # as in the reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +75,19 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
   size = path.stat().st_size
   with path.open("rb") as file:
     length = int.from_bytes(file.read(8), "little")
-    if length > size - 8:
+    if length > min(size - 8, _MAX_HEADER_BYTES):
       raise ConfigError(f"{path} is cut short, or no safetensors file; copy it again.")
     try:
       header = json.loads(file.read(length))
       header.pop("__metadata__", None)
-      entries = {name: _entry(path, 8 + length, entry) for name, entry in header.items()}
+      entries = {name: _entry(path, 8 + length, name, entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
       raise ConfigError(f"{path} has no safetensors header ({error}); copy it again.") from None
-  end = max((entry.offset + num_bytes(entry.shape) for entry in entries.values()), default=0)
+  end = 8 + length
+  for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
+    if entry.offset < end:
+      raise ConfigError(f"{path}: {name} overlaps the tensor before it; copy the file again.")
+    end = entry.offset + num_bytes(entry.shape)
   if end > size:
     raise ConfigError(
       f"{path} is cut short: {size} bytes where {end} were expected; copy it again."
@@ -90,16 +95,17 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
   return entries
 
 
-def _entry(path: pathlib.Path, start: int, entry: dict[str, Any]) -> Entry:
-  if entry["dtype"] not in _DTYPES:
-    raise ValueError(f"dtype {entry['dtype']} is unknown")
-  shape, (first, end) = entry["shape"], entry["data_offsets"]
-  if not all(type(number) is int and number >= 0 for number in (*shape, first, end)):
-    raise ValueError(f"{entry} is no shape and place")
-  tensor = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(_DTYPES[entry["dtype"]]))
-  if end - first != num_bytes(tensor):
-    raise ValueError(f"{entry} has {end - first} bytes where {num_bytes(tensor)} were expected")
-  return Entry(path, start + first, tensor)
+def _entry(path: pathlib.Path, start: int, name: str, entry: dict[str, Any]) -> Entry:
+  """What the header says of a tensor. Raises: ValueError when it contradicts itself."""
+  dtype, (begin, end) = entry["dtype"], entry["data_offsets"]
+  if dtype not in _DTYPES:
+    raise ValueError(f"{name} is of an unknown dtype, {dtype}")
+  if not all(type(number) is int and number >= 0 for number in (begin, end, *entry["shape"])):
+    raise ValueError(f"{name} has a shape or place that is none")
+  shape = jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(_DTYPES[dtype]))
+  if end - begin != num_bytes(shape):
+    raise ValueError(f"{name} has {end - begin} bytes where {num_bytes(shape)} were expected")
+  return Entry(path, start + begin, shape)
 
 
 class SafetensorsWriter:

@@ -25,7 +25,13 @@ import numpy as np
 from maxllama4.config import Config, ConfigError
 from maxllama4.data.packing import Batch, RowPacker, count_target_bytes, padding, stack_rows
 from maxllama4.data.sources import DataError, Document, DocumentSource, Excerpts, open_documents
-from maxllama4.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, train_tokenizer
+from maxllama4.data.tokenizer import (
+  TOKENIZER_FILE,
+  Tokenizer,
+  keep_tokenizer,
+  load_tokenizer,
+  train_tokenizer,
+)
 
 State = dict[str, Any]  # plain values, ready for JSON
 SYNTHETIC_PAD_TOKEN_ID = 0  # synthetic rows are full: never written
@@ -38,7 +44,7 @@ def prepare_tokenizer(
   process_index: int = 0,
   timeout_seconds: float = 600.0,
 ) -> Tokenizer | None:
-  """The run's tokenizer: `data.tokenizer`, or the one kept in `run_dir`, or one trained now and kept there.
+  """The run's tokenizer: `data.tokenizer` (copied to `run_dir`), or the one kept there, or one trained now and kept there.
 
   It is trained by process 0 on the training documents; the others wait for the file, on a file system that all share.
   None for synthetic data. Raises: ConfigError when it cannot be read or has more pieces than model.vocab_size;
@@ -48,15 +54,18 @@ def prepare_tokenizer(
     return None
   if config.data.tokenizer is not None:
     tokenizer = load_tokenizer(config.data.tokenizer)
-  else:
-    path = pathlib.Path(run_dir) / TOKENIZER_FILE
-    if not path.exists() and process_index == 0:
-      documents = open_documents(config.data, "train")
-      if config.training.eval_every:
-        open_documents(config.data, "held_out")  # complains now, before anything is written
-      train_tokenizer(documents, config.model.vocab_size, path, config.training.seed)
-    _wait_for(path, timeout_seconds)
-    tokenizer = load_tokenizer(path)
+    _check_vocabulary(config, tokenizer)
+    if process_index == 0:
+      keep_tokenizer(config.data.tokenizer, run_dir)  # so that the run can be decoded and exported
+    return tokenizer
+  path = pathlib.Path(run_dir) / TOKENIZER_FILE
+  if not path.exists() and process_index == 0:
+    documents = open_documents(config.data, "train")
+    if config.training.eval_every:
+      open_documents(config.data, "held_out")  # complains now, before anything is written
+    train_tokenizer(documents, config.model.vocab_size, path, config.training.seed)
+  _wait_for(path, timeout_seconds)
+  tokenizer = load_tokenizer(path)
   _check_vocabulary(config, tokenizer)
   return tokenizer
 

@@ -31,6 +31,14 @@ from maxllama4.files import write_whole
 
 TOKENIZER_FILE = "tokenizer.model"
 HUGGING_FACE_FILE = "tokenizer.json"
+# What Hugging Face keeps beside a tokenizer: names of its special tokens, ends of a turn, how a dialog is written.
+BESIDE = (
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "generation_config.json",
+  "chat_template.jinja",
+)
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space; it cannot tell a real one from it
 TRAINING_CHARACTERS = (
   16_000_000  # of text that training reads at most; BPE takes 2 s per 10 million
@@ -108,6 +116,29 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
   In a folder that is `tokenizer.model` (SentencePiece or tiktoken), which the makers of a model hand out, or else
   `tokenizer.json` (Hugging Face). Raises: ConfigError when there is none, or the file is of an unknown kind.
   """
+  file, content = _read_tokenizer(path)
+  if content.startswith(b"{"):
+    return HuggingFaceTokenizer(content, file)
+  if TIKTOKEN_LINE.match(content):
+    return TiktokenTokenizer(content, file)
+  return SentencePieceTokenizer(content, file)
+
+
+def keep_tokenizer(path: str | os.PathLike, folder: str | os.PathLike) -> None:
+  """Copies the tokenizer in `path`, with what lies beside it, so that `folder` by itself gives the same one."""
+  file, content = _read_tokenizer(path)
+  folder = pathlib.Path(folder)
+  copies = {HUGGING_FACE_FILE if content.startswith(b"{") else TOKENIZER_FILE: content}
+  copies |= {
+    name: file.with_name(name).read_bytes() for name in BESIDE if file.with_name(name).is_file()
+  }
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, copy in copies.items():
+    write_whole(folder / name, copy)
+
+
+def _read_tokenizer(path: str | os.PathLike) -> tuple[pathlib.Path, bytes]:
+  """The tokenizer's file in `path`, and its content. Raises: ConfigError when there is none."""
   file = path = pathlib.Path(path)
   try:
     file = path = path.expanduser()
@@ -124,11 +155,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     ) from None
   if not content:
     raise ConfigError(f"data.tokenizer={path}: {file} is empty; copy it again.")
-  if content.startswith(b"{"):
-    return HuggingFaceTokenizer(content, file)
-  if TIKTOKEN_LINE.match(content):
-    return TiktokenTokenizer(content, file)
-  return SentencePieceTokenizer(content, file)
+  return file, content
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -235,6 +262,7 @@ LLAMA4_PATTERN = "|".join(
   )
 )
 
+LLAMA3_MERGES = 128_000
 # A token's bytes and its rank.
 TIKTOKEN_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)\r?(?:\n|\Z)")
 # Longer texts and runs without a change between space and other characters would crash tiktoken, or take it a time
@@ -252,6 +280,11 @@ class TiktokenTokenizer(Tokenizer):
 
   def __init__(self, content: bytes, path: str | os.PathLike):
     ranks = _tiktoken_ranks(content, path)
+    if len(ranks) == LLAMA3_MERGES:
+      raise ConfigError(
+        f"data.tokenizer={path} is Llama 3's, which cuts texts in another way and has other special tokens; take the"
+        f" {HUGGING_FACE_FILE} of that model."
+      )
     names = LLAMA4_SPECIAL_TOKENS
     self.vocab_size = len(ranks) + len(names)
     self.special_tokens = dict(zip(names, range(len(ranks), self.vocab_size)))

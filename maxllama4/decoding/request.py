@@ -88,12 +88,15 @@ class DecodeRequest:
     if self.prompt is not None:
       return [self.prompt]
     try:
-      lines = pathlib.Path(self.prompts_file).read_text(encoding="utf-8").splitlines()
+      # Not splitlines: JSON may hold U+2028 and its like as they are.
+      lines = pathlib.Path(self.prompts_file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
       reason = getattr(error, "strerror", None) or error
       raise ConfigError(f"prompts_file={self.prompts_file} cannot be read ({reason}).") from None
     prompts = []
     for number, line in enumerate(lines, 1):
+      if not line.strip():
+        continue
       prompt = _prompt_of(line)
       if prompt is None:
         raise ConfigError(

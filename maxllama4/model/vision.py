@@ -155,6 +155,11 @@ class Llama4VisionEncoder(nnx.Module):
 
     return jax.lax.scan(layer, x, states)[0]
 
+  def layer(self, index: int) -> Llama4VisionEncoderLayer:
+    """Layer `index` by itself."""
+    graph, states = nnx.split(self.layers)
+    return nnx.merge(graph, jax.tree.map(lambda x: x[index], states))
+
 
 def pixel_shuffle(x: Float[Array, "B T D"], ratio: float) -> Float[Array, "B t d"]:
   """Squares of (1 / ratio)^2 neighbouring patches, row by row, side by side in one vector: fewer places, more channels."""
@@ -197,12 +202,19 @@ class Llama4VisionModel(nnx.Module):
     self.dtype = config.dtype
 
   def __call__(self, pixels: Float[Array, "B C S S"], remat: str = "none") -> Float[Array, "B t d"]:
+    return self.features(self.encoder(self.embed(pixels), remat))
+
+  def embed(self, pixels: Float[Array, "B C S S"]) -> Float[Array, "B T D"]:
+    """What the encoder starts from: patches and the class token, each with its place."""
     x = self.patch_embedding(pixels.astype(self.dtype))
     class_token = self.class_embedding.astype(x.dtype)
     class_token = jnp.broadcast_to(class_token, (x.shape[0], 1, x.shape[2]))
     x = jnp.concatenate([x, class_token], axis=1) + self.positional_embedding.astype(x.dtype)
-    x = self.post_norm(self.encoder(self.pre_norm(x), remat))
-    return self.adapter(x[:, :-1])
+    return self.pre_norm(x)
+
+  def features(self, x: Float[Array, "B T D"]) -> Float[Array, "B t d"]:
+    """What becomes of the encoder's result."""
+    return self.adapter(self.post_norm(x)[:, :-1])
 
 
 class Llama4MultiModalProjector(nnx.Module):

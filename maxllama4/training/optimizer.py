@@ -28,8 +28,13 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def is_decayed(path: str) -> bool:
-  """Whether weight decay applies to the array at `path`: matrices yes; norms, biases and embeddings no."""
-  return not path.endswith(("norm/weight", "bias", "_embedding")) and path != "embed/weight"
+  """Whether weight decay applies to the array at `path`: matrices yes; norms, biases and embeddings no.
+
+  Nor to the vision tower: the data are texts, so no gradient reaches it, and decay alone would wear it down.
+  """
+  if path.startswith(("embed/", "vision/", "projector/")):
+    return False
+  return not path.endswith(("norm/weight", "bias"))
 
 
 def make_optimizer(
@@ -50,25 +55,36 @@ def make_optimizer(
   if config.max_gradient_norm:
     clip = optax.clip_by_global_norm(config.max_gradient_norm)
   if config.name == "adamw":
-    update = optax.adamw(
-      schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decayed
-    )
+    update = _adamw(config, schedule, decayed)
   else:
     ratio = (config.embedding_learning_rate or config.learning_rate) / config.learning_rate
-    update = optax.contrib.muon(
+    dims = {path: matrix_of(template.axes[path]) for path in template.trainable}
+    muon = optax.contrib.muon(
       schedule,
-      adam_learning_rate=lambda step: ratio * schedule(step),
       weight_decay=config.weight_decay,
       weight_decay_mask=decayed,
-      adam_b1=config.b1,
-      adam_b2=config.b2,
-      adam_weight_decay=config.weight_decay,
-      muon_weight_dimension_numbers={
-        path: matrix_of(template.axes[path]) for path in template.trainable
-      },
+      muon_weight_dimension_numbers=dims,
       consistent_rms=0.2,  # updates as large as AdamW's, so that one learning rate serves both
     )
+    # Optax's Muon brings an AdamW for the rest, but one that decays all of it.
+    adamw = _adamw(config, lambda step: ratio * schedule(step), decayed, nesterov=True)
+    update = optax.partition(
+      {"muon": muon, "adamw": adamw},
+      {path: "adamw" if matrix is None else "muon" for path, matrix in dims.items()},
+    )
   return optax.chain(clip, update)
+
+
+def _adamw(
+  config: OptimizerConfig,
+  schedule: optax.Schedule,
+  decayed: dict[str, bool],
+  nesterov: bool = False,
+) -> optax.GradientTransformation:
+  betas, decay = (config.b1, config.b2), config.weight_decay
+  return optax.adamw(
+    schedule, *betas, config.eps, weight_decay=decay, mask=decayed, nesterov=nesterov
+  )
 
 
 def matrix_of(axes: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers | None:

@@ -5,7 +5,7 @@ import json
 
 import jax.numpy as jnp
 import pytest
-from tiny import tiny_arrays, tiny_config, tiny_model
+from tiny import tiny_arrays, tiny_config, tiny_model, tiny_vision_config
 
 import maxllama4
 from maxllama4 import cli
@@ -48,6 +48,32 @@ def test_the_first_block_whose_weights_were_changed_is_named(path, index, name):
   assert comparison.first.name == name
   before = [b for b in comparison.blocks[: comparison.blocks.index(comparison.first)]]
   assert all(block.max_difference < 1e-5 for block in before)
+
+
+@pytest.mark.parametrize(
+  ("path", "index", "name"),
+  [
+    ("vision/positional_embedding", (), "vision embedding"),
+    ("vision/encoder/layers/attention/out", 1, "vision layer 1 attention"),
+    ("vision/encoder/layers/mlp/fc2", 0, "vision layer 0 feed_forward"),
+    ("vision/post_norm/bias", (), "vision adapter"),
+    ("projector/weight", (), "vision projector"),
+    ("norm/weight", (), "norm"),
+  ],
+)
+def test_vision_towers_are_compared_too(path, index, name):
+  config = tiny_vision_config()
+  arrays = dict(tiny_arrays(config))
+  arrays[path] = arrays[path].at[index].multiply(1.01)
+  other = ModelTemplate(config).model(arrays)
+  assert compare_models(tiny_model(config), other, TOKENS, 1e-5).first.name == name
+
+
+def test_a_tower_that_only_one_model_has_is_said():
+  text = dataclasses.replace(tiny_vision_config(), vision_config=None)
+  comparison = compare_models(tiny_model(tiny_vision_config()), tiny_model(text), TOKENS, 1e3)
+  assert comparison.settings["vision_config"][1] is None
+  assert not any(block.block.startswith("vision") for block in comparison.blocks)
 
 
 def test_a_value_that_is_not_a_number_departs():

@@ -118,6 +118,81 @@ def test_an_index_that_names_a_file_outside_its_folder_is_refused(name, tmp_path
     maxllama4.load_model(folder)
 
 
+@pytest.mark.parametrize(
+  ("index", "words"),
+  [
+    ([], "where an object was expected"),
+    ({}, "has no weight_map"),
+    ({"weight_map": ["a"]}, "has no weight_map"),
+    ({"weight_map": {"lm_head.weight": {}}}, "has no weight_map"),
+    ({"weight_map": {}}, "names no files"),
+    ({"weight_map": {"lm_head.weight": ".."}}, "outside its folder"),
+    ({"weight_map": {"lm_head.weight": ""}}, "outside its folder"),
+  ],
+)
+def test_an_index_that_is_damaged_is_one_sentence(index, words, tmp_path):
+  maxllama4.save_model(tiny_model(), tmp_path, format="hf")
+  (tmp_path / hf.INDEX).write_text(json.dumps(index))
+  with pytest.raises(ConfigError, match=words):
+    maxllama4.load_model(tmp_path)
+
+
+def test_a_tensor_that_two_files_hold_is_named(tmp_path):
+  maxllama4.save_model(tiny_model(), tmp_path, format="hf")
+  save_file({"lm_head.weight": np.zeros((32, 16), np.float32)}, tmp_path / "b.safetensors")
+  weight_map = {"lm_head.weight": "b.safetensors", "model.norm.weight": hf.SINGLE}
+  (tmp_path / hf.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+  with pytest.raises(ConfigError, match=r"holds lm_head\.weight, which another file does"):
+    maxllama4.load_model(tmp_path)
+
+
+def with_header(path, change):
+  """Writes the file's header anew, after `change`."""
+  content = path.read_bytes()
+  length = int.from_bytes(content[:8], "little")
+  header = json.loads(content[8 : 8 + length])
+  change(header)
+  text = header if isinstance(header, bytes) else json.dumps(header).encode()
+  path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+@pytest.mark.parametrize(
+  ("entry", "words"),
+  [
+    ({"data_offsets": [-64, 0]}, "shape or place that is none"),
+    ({"data_offsets": [0, 1e3]}, "shape or place that is none"),
+    ({"data_offsets": [0]}, "no safetensors header"),
+    ({"data_offsets": [64, 0]}, "has -64 bytes where 64"),
+    ({"data_offsets": [0, 128]}, "has 128 bytes where 64 were expected"),
+    ({"data_offsets": [32, 96]}, "overlaps the tensor before it"),
+    ({"data_offsets": [10**9, 10**9 + 64]}, "is cut short"),
+    ({"shape": [-4, -4]}, "shape or place that is none"),
+    ({"shape": [True] * 3}, "shape or place that is none"),
+    ({"shape": 16}, "no safetensors header"),
+    ({"dtype": "F16"}, "has 64 bytes where 32 were expected"),
+    ({"dtype": ["F32"]}, "no safetensors header"),
+    ({"dtype": "X7"}, "unknown dtype, X7"),
+  ],
+)
+def test_a_header_that_lies_about_a_tensor_is_refused_before_anything_is_read(
+  entry, words, tmp_path
+):
+  maxllama4.save_model(tiny_model(), tmp_path, format="hf")
+  with_header(tmp_path / hf.SINGLE, lambda header: header["model.norm.weight"].update(entry))
+  with pytest.raises(ConfigError, match=words):
+    maxllama4.load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "content", [b"", b"\1", b"\0" * 8, b"\xff" * 99, b"\2" + b"\0" * 7 + b"[]"]
+)
+def test_a_file_without_a_header_is_refused(content, tmp_path):
+  maxllama4.save_model(tiny_model(), tmp_path, format="hf")
+  (tmp_path / hf.SINGLE).write_bytes(content)
+  with pytest.raises(ConfigError, match=r"model\.safetensors"):
+    maxllama4.load_model(tmp_path)
+
+
 def test_a_shard_that_is_not_there_is_named(tmp_path):
   maxllama4.save_model(tiny_model(), tmp_path, format="hf")
   (tmp_path / hf.SINGLE).unlink()
@@ -187,12 +262,43 @@ def test_the_old_spelling_of_a_config_is_understood():
     ({"no_rope_layer_interval": 3}, [2, 5]),
     ({"no_rope_layers": [0] + [1] * 7}, [0]),
     ({"no_rope_layers": [1] * 8}, []),
-    ({"layer_types": ["full_attention"] + ["chunked_attention"] * 7}, [0]),
+    ({"no_rope_layers": [0] + [1] * 7, "layer_types": ["full_attention"] * 8}, [0]),
   ],
 )
 def test_layers_without_rope_are_those_that_the_file_means(raw, nope):
   kinds = read(num_key_value_heads=2, **raw).layer_kinds
   assert [i for i, kind in enumerate(kinds) if not kind.uses_rope] == nope
+
+
+def test_a_model_without_chunks_says_so_in_a_way_that_transformers_can_read():
+  """There a size is needed; it is that of everything, and no layer is chunked."""
+  config = tiny_config(attention_chunk_size=None)
+  raw = hf.config_to_hf(config, "float32")
+  assert (raw["attention_chunk_size"], raw["no_rope_layers"]) == (64, [1, 0])
+  assert set(raw["layer_types"]) == {"full_attention"}
+  again = hf.model_config_from_hf(raw, "float32", pathlib.Path("config.json"))
+  assert again.attention_chunk_size is None and again.layer_kinds == config.layer_kinds
+
+
+@pytest.mark.parametrize(
+  ("raw", "words"),
+  [
+    ({"layer_types": ["full_attention"] + ["chunked_attention"] * 7}, r"chunks in layers \[1, 2,"),
+    ({"no_rope_layers": [1] * 7}, "no_rope_layers has 7 entries, fewer than num_hidden_layers=8"),
+    ({"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
+    ({"num_hidden_layers": None}, "num_hidden_layers=None must be a whole number"),
+    ({"num_hidden_layers": "8"}, "num_hidden_layers='8' must be a JSON whole number"),
+    ({"moe_layers": 3}, "moe_layers=3 must be a JSON array"),
+    ({"rope_parameters": "llama3"}, "rope_parameters='llama3' must be a JSON object"),
+    ({"rope_scaling": {"rope_type": ["llama3"]}}, "must be a JSON string"),
+    ({"text_config": {}}, "vision_config is missing"),
+    ({"text_config": [], "vision_config": {}}, r"text_config=\[\] must be a JSON object"),
+    ({"text_config": {}, "vision_config": {"rope_parameters": 1}}, "vision_config: rope_par"),
+  ],
+)
+def test_a_config_that_is_damaged_or_contradicts_itself_is_one_sentence(raw, words):
+  with pytest.raises(ConfigError, match=words):
+    read(num_key_value_heads=2, **raw)
 
 
 @pytest.mark.parametrize(

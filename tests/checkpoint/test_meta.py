@@ -175,6 +175,25 @@ def test_what_params_json_has_to_say_is_asked_for(tmp_path, name):
     maxllama4.load_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"n_layers": 0}, "n_layers=0 must be greater than 0"),
+    ({"n_layers": -1}, "n_layers=-1 must be greater than 0"),
+    ({"dim": "16"}, "dim='16' must be a JSON whole number"),
+    ({"n_kv_heads": 1.5}, r"n_kv_heads=1\.5 must be a JSON whole number"),
+    ({"moe_args": 3}, "moe_args=3 must be a JSON object"),
+    ({"moe_args": {"interleave_moe_layer_step": "2"}}, "interleave_moe_layer_step='2' must be"),
+    ({"vision_args": {"image_size": 336}}, "image_size=336 must be a JSON object"),
+    ({"vision_args": {"image_size": None}}, "image_size is None x None"),
+  ],
+)
+def test_a_params_json_that_is_damaged_is_one_sentence(changes, words, tmp_path):
+  write_meta_folder(tmp_path, TEXT, tiny_arrays(TEXT), params=meta_params(TEXT) | changes)
+  with pytest.raises(ConfigError, match=words):
+    maxllama4.load_model(tmp_path)
+
+
 # What params.json leaves unsaid
 
 

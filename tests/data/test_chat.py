@@ -128,6 +128,27 @@ def test_an_image_is_its_tiles_in_rows_and_a_small_copy(tokenizer, size, grid):
   assert chat.images == [image] and not any(chat.loss_mask)
 
 
+def test_several_images_stand_where_they_are_in_a_message_and_over_messages(tokenizer):
+  """Each is the block that it is alone, also side by side; none counts as a target."""
+  template = ChatTemplate(tile_size=10, patches_per_tile=2, max_tiles=6)
+  images = [{"type": "image", "size": size} for size in ((30, 20), (5, 5), (10, 20), (5, 5))]
+  wide, small, tall, last = (
+    spelt(tokenizer, template.encode_parts(tokenizer, [image]).ids).removeprefix(
+      "<|begin_of_text|>"
+    )
+    for image in images
+  )
+  text = {"type": "text", "text": "a"}
+  answer = {"role": "assistant", "content": "b", "tool_calls": [CALL, CALL]}
+  dialog = [user(images[0], images[1], text, images[2]), answer, user(text, images[3])]
+  chat = template.encode(tokenizer, dialog)
+  written = spelt(tokenizer, chat.ids)
+  assert f"\n\n{wide}{small}a{tall}<|eot|>" in written and written.endswith(f"a{last}<|eot|>")
+  assert chat.images == images and wide.count("<|patch|>") == 14
+  targets = [i for i, is_target in zip(chat.ids, chat.loss_mask) if is_target]
+  assert spelt(tokenizer, targets) == f"b{CALL_TEXT}{CALL_TEXT}<|eom|>"
+
+
 def test_canvases_are_metas(tokenizer):
   names = ("<|tile_y_separator|>", "<|tile_x_separator|>", "<|patch|>")
   for case in golden_table("units")["canvas_tile336_max16"]:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import hypothesis
 import hypothesis.strategies as st
@@ -11,6 +12,7 @@ from maxllama4.config import ConfigError
 from maxllama4.data.sources import DataError, Document
 from maxllama4.data.tokenizer import (
   LLAMA4_SPECIAL_TOKENS,
+  keep_tokenizer,
   load_tokenizer,
   train_tokenizer,
 )
@@ -298,3 +300,27 @@ def test_metas_file_gives_the_ids_of_metas_tokenizer(llama4_tokenizer):
   for case in golden_table("tokenizer_public"):
     assert llama4_tokenizer.encode(case["text"]) == case["ids"]
     assert llama4_tokenizer.decode(case["ids"]) == case["decoded"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocabulary"])
+def test_a_tokenizer_that_is_kept_is_the_same_without_its_first_folder(tmp_path, name):
+  """Also where it had another name, and where other files say which of its tokens are special."""
+  (tmp_path / "first").mkdir()
+  file = write_hugging_face(tmp_path / "first" / name)
+  said = {"bos_token": "<|fim_prefix|>", "eos_token": "<|fim_suffix|>"}
+  (tmp_path / "first" / "tokenizer_config.json").write_text(json.dumps(said))
+  (tmp_path / "first" / "generation_config.json").write_text('{"eos_token_id": [5]}')
+  given = load_tokenizer(file)
+  keep_tokenizer(file, tmp_path / "run")
+  shutil.rmtree(tmp_path / "first")
+  kept = load_tokenizer(tmp_path / "run")
+  for member in ("special_tokens", "bos_token_id", "eos_token_id", "stop_token_ids"):
+    assert getattr(kept, member) == getattr(given, member)
+  assert kept.encode("hello 123 user") == given.encode("hello 123 user")
+
+
+def test_metas_file_of_llama_3_is_refused_and_not_read_as_llama_4s(tmp_path, monkeypatch):
+  """It is told by its number of merges."""
+  monkeypatch.setattr("maxllama4.data.tokenizer.LLAMA3_MERGES", len(TOKENS))
+  with pytest.raises(ConfigError, match=r"is Llama 3's.*take the tokenizer\.json"):
+    load_tokenizer(write_tiktoken(tmp_path / "tokenizer.model"))

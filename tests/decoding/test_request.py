@@ -3,10 +3,12 @@
 import io
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import tiny_config, tiny_model, tiny_vision_config
+from tiny import tiny_arrays, tiny_config, tiny_model, tiny_vision_config
 from tiny_tokenizers import write_tiktoken
 
 from maxllama4 import ConfigError
@@ -19,6 +21,7 @@ from maxllama4.decoding.request import (
   encode_prompt,
   split_overrides,
 )
+from maxllama4.model.weights import ModelTemplate
 
 
 class Letters:
@@ -119,6 +122,35 @@ def test_a_chat_answers_each_line_with_the_dialog_before_it_in_view(tmp_path, mo
     messages.append({"role": "assistant", "content": tokenizer.decode(tokens)})
     expected += messages[-1]["content"] + "\n"
   assert capsys.readouterr().out == expected
+
+
+def test_an_answer_ends_at_the_end_of_a_turn_of_a_message_and_of_a_text(tmp_path, capsys):
+  """The released models close calls of tools with either of the first two."""
+  tokenizer = load_tokenizer(write_tiktoken(tmp_path / "tokenizer.model"))
+  config = tiny_config(vocab_size=tokenizer.vocab_size, num_hidden_layers=1)
+  nothing = jax.tree.map(jnp.zeros_like, tiny_arrays(config))
+  nothing |= {path: jnp.ones_like(nothing[path]) for path in ("embed/weight", "norm/weight")}
+  prompts = tmp_path / "prompts"
+  prompts.write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
+  for name in ("<|eot|>", "<|eom|>", "<|end_of_text|>", "<|python_end|>"):
+    head = nothing["head/weight"].at[:, tokenizer.special_tokens[name]].set(1)  # always writes that
+    model = ModelTemplate(config).model(nothing | {"head/weight": head})
+    request = DecodeRequest(
+      prompts_file=str(prompts), temperature=0.0, max_new_tokens=3, output="json"
+    )
+    answer(model, tokenizer, request)
+    record = json.loads(capsys.readouterr().out)
+    ends = name != "<|python_end|>"
+    assert record["finish_reason"] == ("stop" if ends else "length"), name
+    assert len(record["tokens"]) == (0 if ends else 3) and record["completion"] == ""
+
+
+def test_lines_of_a_file_of_prompts_end_at_newlines_alone(tmp_path):
+  """Other separators may stand in JSON as they are; a mark of byte order and empty lines say nothing."""
+  texts = ["a\u2028b\u2029c\x85d", "e"]
+  lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+  (tmp_path / "prompts").write_text("\ufeff" + "\r\n\n".join(lines) + "\n\n", encoding="utf-8")
+  assert DecodeRequest(prompts_file=str(tmp_path / "prompts")).prompts() == texts
 
 
 def test_settings_of_the_request_are_told_from_those_of_the_configuration():

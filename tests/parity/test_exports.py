@@ -16,17 +16,20 @@ transformers = pytest.importorskip("transformers", reason=reason)
 
 
 @pytest.mark.parametrize(
-  ("name", "kind"),
+  ("name", "source"),
   [
-    ("p01_scout_gqa5", "Llama4ForCausalLM"),
-    ("p02_maverick", "Llama4ForCausalLM"),
-    ("p06_vlm", "Llama4ForConditionalGeneration"),
+    ("p01_scout_gqa5", "."),
+    ("p02_maverick", "."),
+    ("p06_vlm", "."),
+    ("p08_meta_text", "meta_mp2"),
+    ("p10_dense_nochunk", "."),  # as it is, transformers would not run it
   ],
 )
-def test_transformers_gives_the_golden_logits_for_what_we_exported(name, kind, tmp_path):
+def test_transformers_gives_the_golden_logits_for_what_we_exported(name, source, tmp_path):
   case = golden_case(name)
+  kind = "Llama4ForConditionalGeneration" if name == "p06_vlm" else "Llama4ForCausalLM"
   ours, exported = str(tmp_path / "ours"), str(tmp_path / "hf")
-  assert cli.main(["convert", str(case.folder), ours, "to=maxllama4"]) == 0
+  assert cli.main(["convert", str(case.folder / source), ours, "to=maxllama4"]) == 0
   assert cli.main(["convert", ours, exported, "to=hf", "shard_bytes=300000"]) == 0
   model, report = getattr(transformers, kind).from_pretrained(
     exported, attn_implementation="eager", dtype=torch.float32, output_loading_info=True

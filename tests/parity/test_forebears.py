@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxllama4 import generate, load_model
+from maxllama4 import generate, load_model, save_model
 from maxllama4.checkpoint.pth import read_pth
 from maxllama4.config import ConfigError
 from maxllama4.model.rope import attention_factor, frequencies_of_rows, rope_tables
@@ -101,6 +101,17 @@ def test_logits_of_a_llama_are_the_same_in_transformers(pair):
   theirs, ours = pair
   assert all(kind.uses_rope and not kind.is_moe for kind in ours.config.layer_kinds)
   assert_same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize("pair", ["default", "llama3"], indirect=True)
+def test_a_llama_exported_as_a_llama4_has_the_same_logits_in_transformers(pair, tmp_path):
+  """Also beyond the model's last position: no layer is chunked."""
+  theirs, ours = pair
+  save_model(ours, tmp_path, format="hf")
+  exported = transformers.Llama4ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+  np.testing.assert_allclose(
+    their_logits(exported.eval()), their_logits(theirs), atol=LOGIT_TOLERANCE, rtol=0
+  )
 
 
 @pytest.mark.parametrize("pair", ["dynamic", "yarn", "longrope"], indirect=True)

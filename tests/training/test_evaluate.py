@@ -3,14 +3,17 @@
 import json
 import math
 import random
+import shutil
 
 import jax
 import jax.numpy as jnp
 import pytest
+from meta_files import write_meta_folder
 from tiny import tiny_config, tiny_run
 
 from maxllama4 import cli, load_model, load_tokenizer, save_model
 from maxllama4.config import ConfigError, DataConfig
+from maxllama4.model.weights import arrays_of
 from maxllama4.training.evaluate import evaluate_checkpoint
 from maxllama4.training.loop import train
 
@@ -67,13 +70,17 @@ def test_the_score_is_that_of_the_logits_over_every_byte_of_the_documents(export
   assert score.bits_per_byte == pytest.approx(nats / math.log(2) / len(text), rel=1e-4)
 
 
-def test_every_format_gets_the_same_score(run_dir, exported, texts, capsys):
+def test_every_format_gets_the_same_score(run_dir, exported, texts, tmp_path, capsys):
   words = [f"data.paths=[{texts}]", "training.sequence_length=32", "output=json"]
+  model = load_model(run_dir)
+  write_meta_folder(tmp_path / "meta", model.config, arrays_of(model), num_shards=2)
+  shutil.copy(exported / "tokenizer.model", tmp_path / "meta")
   scores = []
-  for path in (run_dir, run_dir / "checkpoints" / "2", exported):
+  for path in (run_dir, run_dir / "checkpoints" / "2", exported, tmp_path / "meta"):
     assert cli.main(["evaluate", str(path), *words]) == 0
     scores.append(json.loads(capsys.readouterr().out))
   assert scores[0] == scores[1] == pytest.approx(scores[2], rel=1e-6)
+  assert scores[2] == pytest.approx(scores[3], rel=1e-6)
   assert scores[0]["bytes"] == sum(len(path.read_bytes()) for path in texts.iterdir())
 
 

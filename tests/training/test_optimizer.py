@@ -1,11 +1,13 @@
 """Schedules, decay mask, clipping, and the whole chain against AdamW in plain NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import tiny_arrays, tiny_config
+from tiny import tiny_arrays, tiny_config, tiny_vision_config
 
 from maxllama4.config import OptimizerConfig
 from maxllama4.model.weights import ModelTemplate
@@ -141,3 +143,24 @@ def test_muon_orthogonalises_each_matrix_of_a_stack_and_leaves_the_rest_to_adam(
       scale = np.vdot(moved, expected) / np.vdot(expected, expected)
       np.testing.assert_allclose(moved, scale * expected, atol=1e-3 * scale, err_msg=path)
       assert 0.01 < np.sqrt(np.mean(moved**2)) < 0.03, path  # AdamW's are about 0.2 x 0.1
+
+
+@pytest.mark.parametrize(
+  ("name", "model"),
+  [
+    ("adamw", dataclasses.replace(tiny_vision_config(num_hidden_layers=1), num_hidden_layers=1)),
+    ("muon", tiny_config(num_hidden_layers=1)),
+  ],
+  ids=["adamw, vision", "muon"],
+)
+def test_what_gets_no_gradient_moves_only_where_it_decays_and_a_vision_tower_does_not(name, model):
+  """The data are texts: decay alone would wear down a tower that no gradient reaches."""
+  template = ModelTemplate(model)
+  config = OptimizerConfig(name=name, schedule="constant", weight_decay=0.2)
+  params, _ = split_trainable(tiny_arrays(template.config), template)
+  optimizer = make_optimizer(config, 10, template)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(params), params)
+  moved = {path for path, update in updates.items() if np.any(update)}
+  assert moved == {path for path in params if is_decayed(path)}
+  assert "head/weight" in moved and not any(p.startswith(("vision", "projector")) for p in moved)

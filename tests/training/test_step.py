@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import packed_batch, tiny_arrays, tiny_config, tiny_run
+from tiny import packed_batch, tiny_arrays, tiny_config, tiny_run, tiny_vision_config
 
 from maxllama4.config import ConfigError
 from maxllama4.model.moe import RouterStatistics, router_statistics
@@ -244,3 +244,20 @@ def test_frozen_parts_stay_and_have_no_moments():
     ConfigError, match=r"training.frozen=visions is no part .*decoder, embed, head"
   ):
     ModelTemplate(config.model, ("visions",))
+
+
+def test_texts_train_a_model_with_a_vision_tower_as_they_train_one_without():
+  model = dataclasses.replace(tiny_vision_config(num_hidden_layers=1), num_hidden_layers=1)
+  text = dataclasses.replace(model, vision_config=None)
+  config = tiny_run(model, frozen=("vision", "projector"))
+  template, arrays = ModelTemplate(model, config.training.frozen), tiny_arrays(model)
+  optimizer = make_optimizer(config.optimizer, 10, template)
+  moments = optimizer.init(split_trainable(arrays, template)[0])
+  step = make_train_step(config, template, optimizer, learning_rate_schedule(config.optimizer, 10))
+  batch = packed_batch(8, 10)
+  state = TrainState(jnp.zeros((), jnp.int32), arrays, moments, Health.fresh())
+  state, metrics = jax.jit(step)(state, batch)
+  moved = {path for path in arrays if np.any(state.model[path] != arrays[path])}
+  assert moved == set(ModelTemplate(text).shapes)
+  sums = make_eval_step(tiny_run(text), ModelTemplate(text))({p: arrays[p] for p in moved}, batch)
+  np.testing.assert_allclose(metrics["loss"], sums["nats"] / sums["weight"], rtol=1e-6)
