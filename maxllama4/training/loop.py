@@ -170,7 +170,7 @@ class Run:
         values |= self._evaluate(step)
       if values:
         self._write(step, values)
-      last = step == steps or self.stop.at(step)
+      last = step == steps or self.stop.after_this_step()
       if last or is_due(step, self.config.checkpoint.every):
         self._save(step)
       if last:

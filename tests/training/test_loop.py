@@ -165,7 +165,7 @@ def test_a_second_signal_from_the_keyboard_stops_at_once():
   with StopRequest(lambda _: None) as stop:
     stop.defer()
     signal.raise_signal(signal.SIGINT)
-    assert stop.at(1)
+    assert stop.after_this_step()
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(signal.SIGINT)
 
