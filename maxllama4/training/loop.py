@@ -72,18 +72,23 @@ def train(config: Config, extras: Extras | None = None) -> None:
   step whose numbers are bad, unless `training.skip_nonfinite`.
   """
   check_wandb(config)
+  template = ModelTemplate(config.model, config.training.frozen)
+  optimizer = make_optimizer(config.optimizer, config.training.steps, template)
   with start_hosts(config):
-    train_on_devices(config, extras or Extras())
+    train_on_devices(config, template, optimizer, extras or Extras())
 
 
-def train_on_devices(config: Config, extras: Extras) -> None:
+def train_on_devices(
+  config: Config,
+  template: ModelTemplate,
+  optimizer: optax.GradientTransformation,
+  extras: Extras,
+) -> None:
   """`train`, once JAX knows the devices of all hosts."""
   progress = Progress(config.training.steps)
   with StopRequest(progress.say) as stop:
     mesh = build_mesh(config)
     check_run_dir(config)
-    template = ModelTemplate(config.model, config.training.frozen)
-    optimizer = make_optimizer(config.optimizer, config.training.steps, template)
     with compilation_cache_of(config), use_mesh(mesh, config.mesh) as context:
       run = Run(config, context, template, optimizer, progress, stop, extras)
       run.resume()
@@ -165,7 +170,7 @@ class Run:
         values |= self._evaluate(step)
       if values:
         self._write(step, values)
-      last = step == steps or self.stop.at(step)
+      last = step == steps or self.stop.after_this_step()
       if last or is_due(step, self.config.checkpoint.every):
         self._save(step)
       if last:

@@ -21,6 +21,7 @@ class StopRequest:
 
   def __init__(self, say: Callable[[str], None]):
     self._say, self._deferred, self._asked = say, False, False
+    self._steps_seen = 0
     self._earlier: dict[int, object] = {}
 
   def __enter__(self) -> "StopRequest":
@@ -37,10 +38,12 @@ class StopRequest:
   def defer(self) -> None:
     self._deferred = True
 
-  def at(self, step: int) -> bool:
-    """Whether the run is to stop after `step`."""
+  def after_this_step(self) -> bool:
+    """Whether the run is to stop now; every process asks once a step."""
     if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
+      # The service counts calls: to a signal from before the first one it answers "at number 1", wherever a run goes on.
+      self._steps_seen += 1
+      return multihost_utils.reached_preemption_sync_point(self._steps_seen)
     return self._asked
 
   def _take(self, number: int, frame: FrameType | None) -> None:

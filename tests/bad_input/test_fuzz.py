@@ -94,7 +94,7 @@ def check_show(path: pathlib.Path, words: list[str]) -> None:
   assert err.getvalue().startswith("error: ") and err.getvalue().count("\n") == 1
 
 
-@fuzzed(250)
+@fuzzed(150)
 @given(st.sampled_from(TEXTS).flatmap(lambda t: damaged_lines(t) | damaged_bytes(t.encode())))
 def test_a_damaged_configuration_is_described_or_refused(folder, content):
   (folder / "run.yml").write_bytes(content)
