@@ -216,7 +216,8 @@ def test_a_step_compiles_once_lowers_the_loss_and_gives_its_buffers_to_the_next(
 
   params, _ = split_trainable(tiny_arrays(config.model), template)
   arrays, moments = tiny_arrays(config.model), optimizer.init(params)
-  state = TrainState(jnp.zeros((), jnp.int32), arrays, moments, Health.fresh())
+  health = jax.tree.map(jnp.copy, Health.fresh())  # buffers of their own, to be given away
+  state = TrainState(jnp.zeros((), jnp.int32), arrays, moments, health)
   step = jax.jit(step, donate_argnums=0)
   losses = []
   for seed in (0, 0, 0, 1):
