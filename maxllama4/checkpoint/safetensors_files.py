@@ -99,9 +99,9 @@ def _entry(path: pathlib.Path, start: int, name: str, entry: dict[str, Any]) -> 
   """What the header says of a tensor. Raises: ValueError when it contradicts itself."""
   dtype, (begin, end) = entry["dtype"], entry["data_offsets"]
   if dtype not in _DTYPES:
-    raise ValueError(f"{name} is of an unknown dtype, {dtype}")
+    raise ValueError(f"{name}: dtype {dtype} is unknown")
   if not all(type(number) is int and number >= 0 for number in (begin, end, *entry["shape"])):
-    raise ValueError(f"{name} has a shape or place that is none")
+    raise ValueError(f"{name}: {entry} is no shape and place")
   shape = jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(_DTYPES[dtype]))
   if end - begin != num_bytes(shape):
     raise ValueError(f"{name} has {end - begin} bytes where {num_bytes(shape)} were expected")

@@ -159,19 +159,19 @@ def with_header(path, change):
 @pytest.mark.parametrize(
   ("entry", "words"),
   [
-    ({"data_offsets": [-64, 0]}, "shape or place that is none"),
-    ({"data_offsets": [0, 1e3]}, "shape or place that is none"),
+    ({"data_offsets": [-64, 0]}, "is no shape and place"),
+    ({"data_offsets": [0, 1e3]}, "is no shape and place"),
     ({"data_offsets": [0]}, "no safetensors header"),
     ({"data_offsets": [64, 0]}, "has -64 bytes where 64"),
     ({"data_offsets": [0, 128]}, "has 128 bytes where 64 were expected"),
     ({"data_offsets": [32, 96]}, "overlaps the tensor before it"),
     ({"data_offsets": [10**9, 10**9 + 64]}, "is cut short"),
-    ({"shape": [-4, -4]}, "shape or place that is none"),
-    ({"shape": [True] * 3}, "shape or place that is none"),
+    ({"shape": [-4, -4]}, "is no shape and place"),
+    ({"shape": [True] * 3}, "is no shape and place"),
     ({"shape": 16}, "no safetensors header"),
     ({"dtype": "F16"}, "has 64 bytes where 32 were expected"),
     ({"dtype": ["F32"]}, "no safetensors header"),
-    ({"dtype": "X7"}, "unknown dtype, X7"),
+    ({"dtype": "X7"}, "dtype X7 is unknown"),
   ],
 )
 def test_a_header_that_lies_about_a_tensor_is_refused_before_anything_is_read(

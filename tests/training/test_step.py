@@ -215,7 +215,9 @@ def test_a_step_compiles_once_lowers_the_loss_and_gives_its_buffers_to_the_next(
     return make_train_step(config, template, optimizer, schedule)(state, batch)
 
   params, _ = split_trainable(tiny_arrays(config.model), template)
-  state = TrainState(jnp.zeros((), jnp.int32), tiny_arrays(config.model), optimizer.init(params))
+  arrays, moments = tiny_arrays(config.model), optimizer.init(params)
+  health = jax.tree.map(jnp.copy, Health.fresh())  # buffers of their own, to be given away
+  state = TrainState(jnp.zeros((), jnp.int32), arrays, moments, health)
   step = jax.jit(step, donate_argnums=0)
   losses = []
   for seed in (0, 0, 0, 1):
@@ -237,7 +239,8 @@ def test_frozen_parts_stay_and_have_no_moments():
   assert len(jax.tree.leaves(moments)) == 2 * 2 + 2  # two of each weight, two counters
   schedule = learning_rate_schedule(config.optimizer, 10)
   step = jax.jit(make_train_step(config, template, optimizer, schedule))
-  state, _ = step(TrainState(jnp.zeros((), jnp.int32), arrays, moments), packed_batch(8, 10))
+  state = TrainState(jnp.zeros((), jnp.int32), arrays, moments, Health.fresh())
+  state, _ = step(state, packed_batch(8, 10))
   moved = {path for path in arrays if np.any(state.model[path] != arrays[path])}
   assert moved == template.trainable
   with pytest.raises(
