@@ -29,8 +29,11 @@ class Health:
 
   @classmethod
   def fresh(cls) -> "Health":
-    count, number = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-    return cls(jnp.zeros((), bool), count, count, count, number, number)
+    def zero(dtype):  # an array of its own each: the state's buffers are donated
+      return jnp.zeros((), dtype)
+
+    counts = (zero(jnp.int32) for _ in range(3))
+    return cls(zero(bool), *counts, zero(jnp.float32), zero(jnp.float32))
 
 
 def judge(
