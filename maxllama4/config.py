@@ -338,7 +338,7 @@ class Config:
     check_mesh_divides(self, {axis: max(1, getattr(self.mesh, axis)) for axis in MESH_AXES})
     for name in ("run_dir", "compilation_cache"):
       not_empty(name, getattr(self, name))
-    self._check_reports()
+    self._check_profile()
     training = self.training
     require(
       training.sequence_length <= self.model.max_position_embeddings,
@@ -356,13 +356,8 @@ class Config:
       " or set training.eval_every=0.",
     )
 
-  def _check_reports(self):
-    prompts, profiled = self.reporting.sample_prompts, self.profile.steps
-    require(
-      not prompts or self.training.eval_every > 0,
-      f"reporting.sample_prompts={list(prompts)} are continued at evaluations, but training.eval_every=0 has none; set"
-      " it, or leave the prompts out.",
-    )
+  def _check_profile(self):
+    profiled = self.profile.steps
     require(
       not profiled or profiled[1] <= self.training.steps,
       f"profile.steps={list(profiled)} reach beyond training.steps={self.training.steps}; take earlier ones.",

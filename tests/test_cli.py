@@ -237,7 +237,7 @@ def test_prompts_are_read_a_json_object_a_line(tmp_path):
   assert request(f"prompts_file={path}").prompts() == ["one\ntwo", "é"]
 
 
-@pytest.mark.parametrize("line", ["{", "3", '"x"', "{}", '{"prompt": 3}', '{"prompt": null}', ""])
+@pytest.mark.parametrize("line", ["{", "3", '"x"', "{}", '{"prompt": 3}', '{"prompt": null}'])
 def test_a_prompt_that_is_none_is_named_by_its_line(tmp_path, line):
   path = tmp_path / "prompts.jsonl"
   path.write_text(f'{{"prompt": "fine"}}\n{line}\n{{"prompt": "fine"}}\n')

@@ -133,13 +133,6 @@ def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelC
       raise ConfigError(
         f"prompts[{i}] holds token {wrong[0]}, outside 0..{config.vocab_size - 1} (model.vocab_size)."
       )
-    longest, scaling = config.max_position_embeddings, config.rope_scaling
-    is_bounded = scaling is None or scaling.rope_type != "dynamic"
-    if is_bounded and len(prompt) + max_new_tokens > longest:
-      raise ConfigError(
-        f"prompts[{i}] holds {len(prompt)} tokens, which with max_new_tokens={max_new_tokens} exceed the {longest} positions"
-        " of the model (model.max_position_embeddings); shorten it, or lower max_new_tokens."
-      )
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:

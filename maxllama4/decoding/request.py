@@ -10,7 +10,13 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from maxllama4.config import ConfigError, VisionConfig, config_from_section, parse_override
+from maxllama4.config import (
+  ConfigError,
+  VisionConfig,
+  config_from_section,
+  parse_override,
+  require,
+)
 from maxllama4.data.chat import ChatTemplate
 from maxllama4.data.images import stack_images
 from maxllama4.decoding.generate import Completion, generate, stream
@@ -178,6 +184,7 @@ def answer(
   vision = model.config.vision_config
   encoded = [encode_prompt(tokenizer, prompt, request.images, vision) for prompt in asked]
   prompts = [ids for ids, _ in encoded]
+  check_lengths(prompts, model.config.max_position_embeddings)
   tiles = [tiles for _, tiles in encoded if tiles is not None]
   pixel_values = np.concatenate(tiles) if tiles else None
   if request.stream:
@@ -216,6 +223,16 @@ def answer(
       shown = given if isinstance(given, str) else tokenizer.decode(prompt)
       out.write((shown if request.echo else "") + written + "\n")
   out.flush()
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], longest: int) -> None:
+  """Raises: ConfigError for a prompt that alone is longer than the model's context."""
+  for i, prompt in enumerate(prompts):
+    require(
+      len(prompt) <= longest,
+      f"prompt {i + 1} holds {len(prompt)} tokens and the model has {longest} positions"
+      " (model.max_position_embeddings); shorten it.",
+    )
 
 
 def continuations(

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from maxllama4.checkpoint.store import CheckpointStore, gather_json
-from maxllama4.config import Config, require
+from maxllama4.config import Config
 from maxllama4.data.loader import make_eval_batches, make_loader, merge_states, prepare_tokenizer
 from maxllama4.hosts import start_hosts
 from maxllama4.mesh import build_mesh
@@ -119,7 +119,6 @@ class Run:
     self.tokens = 0  # counted targets up to the last time somebody asked
     self._unchecked: collections.deque[StepTaken] = collections.deque()
     self.tokenizer = prepare_tokenizer(config, config.run_dir, process_index=jax.process_index())
-    check_samples(config, self.tokenizer)
     self.rows = local_rows(config, context)
     self.loader = make_loader(config, self.tokenizer, self.rows)
     self.evaluate = None
@@ -350,15 +349,3 @@ class Run:
 def is_due(step: int, every: int) -> bool:
   """Whether something done every `every` steps (0: never) is to be done after `step`."""
   return every > 0 and step % every == 0
-
-
-def check_samples(config: Config, tokenizer: Any) -> None:
-  """Raises: ConfigError when a prompt of `reporting` would not fit into the model at the first evaluation."""
-  limit = config.model.max_position_embeddings
-  for i, prompt in enumerate(config.reporting.sample_prompts):
-    tokens = 1 + len(tokenizer.encode(prompt)) + config.reporting.sample_tokens
-    require(
-      tokens <= limit,
-      f"reporting.sample_prompts[{i}] and reporting.sample_tokens={config.reporting.sample_tokens} make {tokens} tokens"
-      f" where the model has {limit} positions (model.max_position_embeddings); shorten them.",
-    )

@@ -260,7 +260,6 @@ CONTRADICTIONS = [
   ("training.sequence_length=512", ["training.sequence_length=512", "model.max_position_embeddings=256"]),
   ("training.eval_every=5 data.source=synthetic", ["training.eval_every=5", "data.source=synthetic"]),
   ("training.eval_every=5 data.held_out_fraction=0", ["training.eval_every=5", "data.held_out_fraction=0"]),
-  ("reporting.sample_prompts=[Once]", ["reporting.sample_prompts=['Once']", "training.eval_every=0"]),
   ("profile.steps=[10, 13]", ["profile.steps=[10, 13]", "training.steps=10"]),
   ("data.paths=[]", ["data.paths=[]", "data.source=synthetic"]),
   ("data.source=tfds", ["data.tfds_name=null"]),

@@ -48,7 +48,7 @@ def is_state_of(step, restored):
   ("keep", "keep_every", "left"), [(2, 0, [6, 7]), (1, 3, [0, 3, 6, 7]), (9, 0, list(range(8)))]
 )
 def test_the_newest_stay_and_multiples_of_keep_every_for_ever(tmp_path, keep, keep_every, left):
-  store = saved(tmp_path, *range(8), keep=keep, keep_every=keep_every)
+  store = saved(tmp_path, *range(8), every=1, keep=keep, keep_every=keep_every)
   assert store.steps == left
   store.close()
   again = CheckpointStore(tmp_path)

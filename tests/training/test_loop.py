@@ -195,11 +195,6 @@ def test_a_run_directory_of_another_model_is_refused(config, whole):
       {"batch_size": 32},
       r"training\.batch_size=32, but the checkpoint's data position",
     ),
-    (
-      "reporting",
-      {"sample_prompts": ("ab" * 60,)},
-      r"reporting\.sample_prompts\[0\].* 64 positions",
-    ),
   ],
 )
 def test_what_is_refused_leaves_the_run_as_it_was(config, whole, section, changes, words):
