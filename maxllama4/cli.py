@@ -58,11 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if debug:
       traceback.print_exc()
     else:
-      message = " ".join(str(error).split()) or type(error).__name__
+      message = " ".join(_words_of(error).split()) or type(error).__name__
       # A word that is not UTF-8 may be named in it.
       print(f"error: {message.encode(errors='backslashreplace').decode()}", file=sys.stderr)
     return 2 if isinstance(error, ConfigError) else 1
   return 0
+
+
+def _words_of(error: Exception) -> str:
+  """The operating system's words begin with a number and end with the file."""
+  if isinstance(error, OSError) and error.filename is not None and error.strerror:
+    return f"{error.filename}: {error.strerror}"
+  return str(error)
 
 
 def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -205,7 +205,8 @@ def _report(links: Links, error: BaseException) -> None:
     code = int(error.code or 0)
   if isinstance(error, RuntimeError):  # a collective of which a process was lost, perhaps
     time.sleep(NOTICE_SECONDS)
-  links.report(" ".join(str(error).split()) or type(error).__name__, code)
+  reason = " ".join(str(error).split()) or type(error).__name__
+  links.report("it was asked to" if isinstance(error, SystemExit) else reason, code)
   # JAX would wait for the others as Python exits, and so would a checkpoint that is being written.
   atexit.register(_exit, code)
   deadline = threading.Timer(LEAVE_SECONDS, _exit, (code,))

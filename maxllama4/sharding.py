@@ -61,6 +61,16 @@ def use_mesh(mesh: jax.sharding.Mesh, rules: MeshConfig) -> Iterator[MeshContext
     _CONTEXT.reset(token)
 
 
+@contextlib.contextmanager
+def no_mesh() -> Iterator[None]:
+  """Layers traced inside leave it to the compiler where their arrays lie."""
+  token = _CONTEXT.set(None)
+  try:
+    yield
+  finally:
+    _CONTEXT.reset(token)
+
+
 def current_mesh() -> MeshContext | None:
   """The context of the innermost `use_mesh`; None on a single device."""
   context = _CONTEXT.get()

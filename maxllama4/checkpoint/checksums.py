@@ -43,7 +43,7 @@ def find_damage(
       record = json.loads(path.read_bytes())
       files = record["files"]
       whole = record["crc32"] == _crc_of(files)
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
       whole = False
     if not whole:
       return f"{path.name} is damaged"
@@ -75,8 +75,11 @@ def _compare(path: pathlib.Path, size: int, crc: int) -> str | None:
 
 
 def _files(checkpoint: pathlib.Path) -> Iterator[pathlib.Path]:
-  records = set(checkpoint.glob(RECORD.format("*")))
-  return (path for path in checkpoint.rglob("*") if path.is_file() and path not in records)
+  """All files but records, also those that other processes are writing right now, under another name first."""
+  for path in checkpoint.rglob("*"):
+    is_record = path.parent == checkpoint and path.name.lstrip(".").startswith("checksums.")
+    if not is_record and path.is_file():
+      yield path
 
 
 def _owner(name: str) -> int:

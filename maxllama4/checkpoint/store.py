@@ -28,6 +28,7 @@ from maxllama4.config import CheckpointConfig
 from maxllama4.model.weights import Arrays, is_stacked
 
 CHECKPOINTS = "checkpoints"
+SAVE_TIMEOUT_SECONDS = 6 * 3600  # Orbax's own 20 minutes end a run on a slow shared disk
 UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's ending of what is not whole yet, or no more
 
 
@@ -46,7 +47,9 @@ class CheckpointStore:
     self._folder = pathlib.Path(run_dir).absolute() / CHECKPOINTS
     self._config = config or CheckpointConfig()
     _silence_repetitions()
-    self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    self._orbax = ocp.AsyncCheckpointer(
+      ocp.CompositeCheckpointHandler(), timeout_secs=SAVE_TIMEOUT_SECONDS
+    )
     self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._saving: concurrent.futures.Future | None = None
 
@@ -113,7 +116,8 @@ class CheckpointStore:
         try:
           state = self._read(step, model=model, rest=rest)
         except CheckpointError as error:
-          if self._is_recorded(step):  # every byte is as it was written
+          # Every byte is as it was written; or the others may not have met what this process has.
+          if jax.process_count() > 1 or self._is_recorded(step):
             raise
           damage = str(error)
         if damage is None:

@@ -28,7 +28,7 @@ from maxllama4.data.sources import DataError, Document, DocumentSource, Excerpts
 from maxllama4.data.tokenizer import (
   TOKENIZER_FILE,
   Tokenizer,
-  keep_tokenizer,
+  check_kept_tokenizer,
   load_tokenizer,
   train_tokenizer,
 )
@@ -44,7 +44,7 @@ def prepare_tokenizer(
   process_index: int = 0,
   timeout_seconds: float = 600.0,
 ) -> Tokenizer | None:
-  """The run's tokenizer: `data.tokenizer` (copied to `run_dir`), or the one kept there, or one trained now and kept there.
+  """The run's tokenizer: `data.tokenizer`, or the one kept in `run_dir`, or one trained now and kept there.
 
   It is trained by process 0 on the training documents; the others wait for the file, on a file system that all share.
   None for synthetic data. Raises: ConfigError when it cannot be read or has more pieces than model.vocab_size;
@@ -55,8 +55,7 @@ def prepare_tokenizer(
   if config.data.tokenizer is not None:
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check_vocabulary(config, tokenizer)
-    if process_index == 0:
-      keep_tokenizer(config.data.tokenizer, run_dir)  # so that the run can be decoded and exported
+    check_kept_tokenizer(config.data.tokenizer, run_dir)
     return tokenizer
   path = pathlib.Path(run_dir) / TOKENIZER_FILE
   if not path.exists() and process_index == 0:

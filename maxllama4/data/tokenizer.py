@@ -128,13 +128,31 @@ def keep_tokenizer(path: str | os.PathLike, folder: str | os.PathLike) -> None:
   """Copies the tokenizer in `path`, with what lies beside it, so that `folder` by itself gives the same one."""
   file, content = _read_tokenizer(path)
   folder = pathlib.Path(folder)
-  copies = {HUGGING_FACE_FILE if content.startswith(b"{") else TOKENIZER_FILE: content}
+  copies = {_kept_name(content): content}
   copies |= {
     name: file.with_name(name).read_bytes() for name in BESIDE if file.with_name(name).is_file()
   }
   folder.mkdir(parents=True, exist_ok=True)
   for name, copy in copies.items():
     write_whole(folder / name, copy)
+
+
+def check_kept_tokenizer(path: str | os.PathLike, folder: str | os.PathLike) -> None:
+  """Raises: ConfigError when the run in `folder` keeps another tokenizer than that in `path`: its ids mean other text."""
+  _, content = _read_tokenizer(path)
+  kept = pathlib.Path(folder) / _kept_name(content)
+  others = [pathlib.Path(folder) / name for name in (TOKENIZER_FILE, HUGGING_FACE_FILE)]
+  if any(other.exists() for other in others) and not (
+    kept.exists() and kept.read_bytes() == content
+  ):
+    raise ConfigError(
+      f"data.tokenizer={path} is not the tokenizer that {folder} was trained with; leave it out, or set run_dir to a"
+      " new folder."
+    )
+
+
+def _kept_name(content: bytes) -> str:
+  return HUGGING_FACE_FILE if content.startswith(b"{") else TOKENIZER_FILE
 
 
 def _read_tokenizer(path: str | os.PathLike) -> tuple[pathlib.Path, bytes]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int
 
 from maxllama4.config import ConfigError, ModelConfig
@@ -100,9 +101,10 @@ def stream(
   tokens, segment_ids = pad_prompts(prompts, model.config.pad_token_id or 0)
   check_images(model.config, np.concatenate([np.asarray(p) for p in prompts]), pixel_values)
   images = None if pixel_values is None else _encode(model, jnp.asarray(pixel_values))
-  keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
-    jnp.arange(len(prompts))
-  )
+  fold_in = functools.partial(jax.random.fold_in, jax.random.key(seed))
+  keys = jax.vmap(fold_in)(jnp.arange(len(prompts)))
+  # As NumPy, which every process may hand to a model that lies on the devices of all.
+  keys = np.asarray(jax.random.key_data(keys))
   stops = tuple(sorted(set(stop_tokens)))
   start, advance = _compiled(model.config, sampling, stops)
   arrays = arrays_of(model)
@@ -113,9 +115,16 @@ def stream(
     count = min(piece, max_new_tokens - done)
     state, new, logprobs = advance(arrays, state, count=count)
     done += count
-    yield np.asarray(new), np.asarray(logprobs)
-    if np.all(np.asarray(state.token) == NO_TOKEN):
+    yield _to_host(new), _to_host(logprobs)
+    if np.all(_to_host(state.token) == NO_TOKEN):
       return
+
+
+def _to_host(x: jax.Array) -> np.ndarray:
+  """`x`, whole, on every process."""
+  if not (x.is_fully_addressable or x.is_fully_replicated):
+    x = multihost_utils.process_allgather(x, tiled=True)
+  return np.asarray(x)
 
 
 def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig) -> None:
@@ -163,6 +172,7 @@ def _compiled(config: ModelConfig, sampling: Sampling, stops: tuple[int, ...]):
 
   @functools.partial(jax.jit, static_argnames="max_length")
   def start(arrays: Arrays, tokens, segment_ids, keys, images, *, max_length: int) -> DecodeState:
+    keys = jax.random.wrap_key_data(keys)
     caches = init_caches(config, tokens.shape[0], max_length)
     logits, caches = prefill(template.model(arrays), tokens, segment_ids, caches, images)
     token, logprob, keys = emit(logits, keys, jnp.ones(tokens.shape[0], bool))

@@ -15,9 +15,10 @@ from maxllama4.checkpoint.safetensors_files import read_json
 from maxllama4.checkpoint.store import CheckpointStore
 from maxllama4.config import Config, ConfigError, load_config, require
 from maxllama4.data.packing import ROW_DTYPES
+from maxllama4.files import naming, write_whole
 from maxllama4.mesh import build_mesh
 from maxllama4.model.weights import Arrays, ModelTemplate
-from maxllama4.sharding import use_mesh
+from maxllama4.sharding import MeshContext, use_mesh
 from maxllama4.training.evaluate import place_batch
 from maxllama4.training.metrics import to_plain
 from maxllama4.training.optimizer import make_optimizer
@@ -34,7 +35,7 @@ class TrainingFailure(RuntimeError):
   """A run that cannot go on; says the step, the reason and what to do."""
 
 
-def make_diagnosis(config: Config, template: ModelTemplate):
+def make_diagnosis(config: Config, template: ModelTemplate, context: MeshContext):
   """A function of weights and batch: loss, gradient norm, and the statistics of every layer, for this very step."""
 
   def diagnose(arrays: Arrays, batch: Batch) -> dict[str, jax.Array]:
@@ -45,7 +46,7 @@ def make_diagnosis(config: Config, template: ModelTemplate):
     statistics = debug_metrics(template.model(arrays), microbatches_of(config, batch), gradients)
     return {"loss": sums["nats"] / totals["weight"], "gradient_norm": norm} | statistics
 
-  return jax.jit(diagnose)
+  return jax.jit(diagnose, out_shardings=context.sharding(()))
 
 
 def write_failure(
@@ -55,19 +56,25 @@ def write_failure(
   batch: dict[str, np.ndarray],
   rows: Sequence[int],
   documents: Sequence[dict[str, Any]],
-  diagnosis: dict[str, Any],
 ) -> pathlib.Path:
-  """The folder that holds the batch (each process its `rows`), where its rows come from, and `diagnosis`."""
+  """The folder that holds the batch (each process its `rows`), and where its rows come from."""
   folder = pathlib.Path(config.run_dir) / FAILURES / f"step-{step}"
-  folder.mkdir(parents=True, exist_ok=True)
   index = jax.process_index()
-  np.savez(folder / f"batch-{index}.npz", rows=np.asarray(rows), **batch)
+  with naming(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / f"batch-{index}.npz", rows=np.asarray(rows), **batch)
   lines = "".join(f"{json.dumps(document)}\n" for document in documents)
-  (folder / f"documents-{index}.jsonl").write_text(lines, encoding="utf-8")
+  write_whole(folder / f"documents-{index}.jsonl", lines.encode())
   if index == 0:
-    report = {"step": step, "reason": reason, **diagnosis}
-    (folder / FAILURE_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
+    write_whole(folder / FAILURE_FILE, json.dumps({"step": step, "reason": reason}).encode())
   return folder
+
+
+def write_diagnosis(folder: pathlib.Path, diagnosis: dict[str, Any]) -> None:
+  """Adds to what `write_failure` wrote what the step's numbers look like."""
+  if jax.process_index() == 0:
+    path = folder / FAILURE_FILE
+    write_whole(path, json.dumps(read_json(path) | diagnosis, indent=1).encode())
 
 
 def read_batch(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -107,11 +114,16 @@ def replay(folder: str | pathlib.Path, overrides: Sequence[str]) -> dict[str, An
     raise ConfigError(
       f"{folder}: the run no longer has its checkpoint of step {step - 1}, which the step started from."
     )
+  require(
+    len(batch["tokens"]) == config.training.batch_size,
+    f"training.batch_size={config.training.batch_size}, but {folder} holds {len(batch['tokens'])} rows; leave it as it"
+    " was.",
+  )
   with use_mesh(build_mesh(config), config.mesh) as context:
     shapes = abstract_state(template, optimizer, context)
     arrays = store.restore_model(step - 1, shapes.model)
     placed = place_batch(batch, config, context)
-    return {"step": step} | to_plain(make_diagnosis(config, template)(arrays, placed))
+    return {"step": step} | to_plain(make_diagnosis(config, template, context)(arrays, placed))
 
 
 def print_replay(found: dict[str, Any]) -> None:

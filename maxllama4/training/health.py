@@ -44,7 +44,7 @@ def judge(
   A bad step is skipped with `training.skip_nonfinite`; without, or after too many in a row, it halts the run: its
   health is otherwise that before it, for the step will be taken again.
   """
-  spike = health.losses < 0
+  spike = jnp.zeros((), bool)
   if config.loss_spike_sigmas:
     limit = health.loss_mean + config.loss_spike_sigmas * jnp.sqrt(health.loss_variance)
     spike = (health.losses >= LOSSES_NEEDED) & (loss > limit)

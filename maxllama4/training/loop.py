@@ -1,6 +1,7 @@
 """A run from its configuration: batch, step, log, evaluate, checkpoint."""
 
 import collections
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -11,22 +12,28 @@ import jax
 import numpy as np
 import optax
 
-from maxllama4.checkpoint.store import CheckpointStore, gather_json
+from maxllama4.checkpoint.store import CheckpointError, CheckpointStore, gather_json
 from maxllama4.config import Config
 from maxllama4.data.loader import make_eval_batches, make_loader, merge_states, prepare_tokenizer
 from maxllama4.hosts import start_hosts
 from maxllama4.mesh import build_mesh
 from maxllama4.model.llama4 import count_parameters, train_flops_per_token
 from maxllama4.model.weights import ModelTemplate
-from maxllama4.sharding import MeshContext, use_mesh
+from maxllama4.sharding import MeshContext, no_mesh, use_mesh
 from maxllama4.training.evaluate import Evaluation, local_rows, place_batch
-from maxllama4.training.failure import TrainingFailure, make_diagnosis, write_failure
+from maxllama4.training.failure import (
+  TrainingFailure,
+  make_diagnosis,
+  write_diagnosis,
+  write_failure,
+)
 from maxllama4.training.health import FINE, REASONS
 from maxllama4.training.metrics import (
   Clock,
   Progress,
   RunWriter,
   check_wandb,
+  end_events,
   memory_peaks,
   peak_flops,
   to_plain,
@@ -60,9 +67,10 @@ class StepTaken:
 class Extras:
   """What layers above the training hand in."""
 
-  report: Callable[[pathlib.Path], None] | None = None  # rewrites a run's report.html
+  # Rewrites a run's report.html.
+  report: Callable[[pathlib.Path], None] | None = None
+  # Continuations, of a model, a tokenizer, prompts and a number of tokens.
   sample: Callable[[Any, Any, Sequence[str], int], list[str]] | None = None
-  # of a model, a tokenizer, prompts and a number of tokens: their continuations
 
 
 def train(config: Config, extras: Extras | None = None) -> None:
@@ -86,7 +94,7 @@ def train_on_devices(
 ) -> None:
   """`train`, once JAX knows the devices of all hosts."""
   progress = Progress(config.training.steps)
-  with StopRequest(progress.say) as stop:
+  with StopRequest() as stop:
     mesh = build_mesh(config)
     check_run_dir(config)
     with compilation_cache_of(config), use_mesh(mesh, config.mesh) as context:
@@ -145,22 +153,36 @@ class Run:
 
   def loop(self) -> None:
     """Steps until `training.steps` are done; the last one is always logged, evaluated and saved."""
-    training, steps = self.config.training, self.config.training.steps
-    first = int(self.state.step)
+    first, steps = int(self.state.step), self.config.training.steps
     if first >= steps:
       self.progress.say(f"nothing to do: step {first} of training.steps={steps} is reached")
+      end_events(self.config, first)
       return
     train_step = self._compile_step()
     self.profiler = Profiler(self.config, first + 1)
     self.writer = RunWriter(self.config, first_step=first, report=self.extras.report)
+    self._say_started(first)
     self.stop.defer()
     self.clock.start(first)
+    try:
+      step = self._steps(train_step, first, steps)
+    except TrainingFailure:
+      raise  # has said so itself
+    except (Exception, KeyboardInterrupt) as error:
+      self._give_up(error)
+      raise
+    self._finish(step, steps)
+
+  def _steps(self, train_step: Callable, first: int, steps: int) -> int:
+    """Takes the steps after `first`. Returns the last one, which is below `steps` when the run was asked to stop."""
+    training = self.config.training
     for step in range(first + 1, steps + 1):
+      self._step = step
       taken = self._next_batch(step)
       self.profiler.before(step)
       self.state, taken.metrics = train_step(self.state, self._place(taken.batch))
       self.profiler.after(step, self.state)
-      self._check(taken, first)
+      self._check(taken)
       self.store.check()
       values = {}
       if step == steps or is_due(step, training.log_every):
@@ -173,8 +195,8 @@ class Run:
       if last or is_due(step, self.config.checkpoint.every):
         self._save(step)
       if last:
-        break
-    self._finish(step, steps)
+        return step
+    raise AssertionError("the last step returns")
 
   def _compile_step(self) -> Callable:
     """The training step, compiled for this run's shapes before the first batch, and only once."""
@@ -214,13 +236,10 @@ class Run:
   def _place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return place_batch(batch, self.config, self.context)
 
-  def _check(self, taken: StepTaken, first: int) -> None:
+  def _check(self, taken: StepTaken) -> None:
     """Looks at the verdict on the step before `taken`, so that the device never waits for the host."""
     self._unchecked.append(taken)
-    if taken.step == first + 1:
-      self._check_all()
-      self._say_started(taken.step)
-    elif len(self._unchecked) > 1:
+    if len(self._unchecked) > 1:
       self._check_first()
 
   def _check_all(self) -> None:
@@ -244,10 +263,8 @@ class Run:
     step = taken.step
     self._unchecked.clear()  # what came after it moved nothing
     self.state = self.state.resumable()
-    diagnosis = make_diagnosis(self.config, self.template)
-    diagnosis = to_plain(diagnosis(self.state.model, self._place(taken.batch)))
     documents = self.loader.describe(taken.batch, taken.position)
-    folder = write_failure(self.config, step, reason, taken.batch, self.rows, documents, diagnosis)
+    folder = write_failure(self.config, step, reason, taken.batch, self.rows, documents)
     if step - 1 not in self.store.steps:
       self._save(step - 1, taken.position)
     self.store.wait()
@@ -259,7 +276,22 @@ class Run:
     )
     self.writer.event("stopped", step, reason=f"failure: {reason}")
     self.writer.close()
+    try:
+      diagnose = make_diagnosis(self.config, self.template, self.context)
+      write_diagnosis(folder, to_plain(diagnose(self.state.model, self._place(taken.batch))))
+    except jax.errors.JaxRuntimeError as error:  # too much for a device that is nearly full
+      self.progress.say(f"no statistics by layer: {str(error).splitlines()[0]}")
     raise TrainingFailure(sentence)
+
+  def _give_up(self, error: BaseException) -> None:
+    """Lets a save under way end, and says that the run has ended, as far as `error` leaves that possible."""
+    with contextlib.suppress(CheckpointError, OSError):
+      if jax.process_count() == 1:  # others may be gone, and the save with them
+        self.store.wait()
+    reason = " ".join(str(error).split()) or type(error).__name__
+    with contextlib.suppress(OSError):
+      self.writer.event("stopped", self._step, reason=f"failure: {reason}")
+      self.writer.close()
 
   def _log(self, taken: StepTaken) -> dict[str, Any]:
     """The step's metrics; seconds and rates are means since the last logged step."""
@@ -306,7 +338,9 @@ class Run:
     if not prompts or self.extras.sample is None:
       return
     model, tokens = self.template.model(self.state.model), self.config.reporting.sample_tokens
-    for prompt, text in zip(prompts, self.extras.sample(model, self.tokenizer, prompts, tokens)):
+    with no_mesh():  # a few prompts cannot be split over it; the weights stay where they are
+      texts = self.extras.sample(model, self.tokenizer, prompts, tokens)
+    for prompt, text in zip(prompts, texts):
       self.writer.sample(step, prompt, text)
 
   def _save(self, step: int, position: dict[str, Any] | None = None) -> None:

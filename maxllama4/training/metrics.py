@@ -4,8 +4,8 @@ import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
+import io
 import json
-import math
 import os
 import pathlib
 import platform
@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from maxllama4.config import Config, ConfigError, config_to_dict
+from maxllama4.files import naming, write_whole
 from maxllama4.training.board import Board
 
 METRICS_FILE = "metrics.jsonl"
@@ -71,8 +72,9 @@ class RunWriter:
     self._reported = time.monotonic()
     for name in (METRICS_FILE, SAMPLES_FILE):
       take_back(self._run_dir / name, first_step)
-    take_back(self._run_dir / EVENTS_FILE, math.inf)
-    self._board = Board(self._run_dir, first_step + 1)
+    take_back(self._run_dir / EVENTS_FILE, first_step, only="skipped")
+    with naming(self._run_dir):
+      self._board = Board(self._run_dir, first_step + 1)
     self._wandb = open_wandb(config)
 
   def write(self, step: int, values: dict[str, Any]) -> None:
@@ -89,8 +91,7 @@ class RunWriter:
 
   def event(self, event: str, step: int, **values) -> None:
     """Something that happened to the run at `step`, with the time."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    self._append(EVENTS_FILE, {"time": now, "event": event, "step": step, **values})
+    self._append(EVENTS_FILE, event_of(event, step, **values))
 
   def sample(self, step: int, prompt: str, completion: str) -> None:
     self._append(SAMPLES_FILE, {"step": step, "prompt": prompt, "completion": completion})
@@ -103,7 +104,7 @@ class RunWriter:
     try:
       self._report(self._run_dir)
     except OSError as error:  # no reason to lose the run
-      print(f"{self._run_dir}: no report was written ({error.strerror})", file=sys.stderr)
+      print(f"{self._run_dir}: no report was written ({error.strerror})")
     self._reported = time.monotonic()
     if self._every:
       self._every = max(self._every, (self._reported - start) / MAX_REPORT_SHARE)
@@ -111,49 +112,59 @@ class RunWriter:
   def close(self) -> None:
     if self._is_writer:
       self.report()
-      self._board.close()
+      with naming(self._run_dir):
+        self._board.close()
       if self._wandb is not None:
         self._wandb.finish()
 
   def _append(self, name: str, line: dict[str, Any]) -> None:
     if self._is_writer:
-      path = self._run_dir / name
-      with naming(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+      append_line(self._run_dir / name, line)
 
 
-@contextlib.contextmanager
-def naming(path: pathlib.Path) -> Iterator[None]:
-  """Failures of the disk with the path: those of a write name none."""
-  try:
-    yield
-  except OSError as error:
-    if error.filename is not None:
-      raise
-    raise OSError(error.errno, error.strerror, str(path)) from error
+def end_events(config: Config, step: int) -> None:
+  """Says that a run is done where a kill came between its last checkpoint and that line."""
+  path = pathlib.Path(config.run_dir) / EVENTS_FILE
+  if jax.process_index() == 0 and path.exists():
+    take_back(path, step, only="skipped")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if not lines or json.loads(lines[-1]).get("reason") != "done":
+      append_line(path, event_of("stopped", step, reason="done"))
 
 
-def take_back(path: pathlib.Path, last_step: int | float) -> None:
-  """Leaves out of a file of JSON lines those after `last_step`, and what is no whole line."""
+def event_of(event: str, step: int, **values) -> dict[str, Any]:
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+  return {"time": now, "event": event, "step": step, **values}
+
+
+def append_line(path: pathlib.Path, line: dict[str, Any]) -> None:
+  with naming(path), path.open("a", encoding="utf-8") as file:
+    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def take_back(path: pathlib.Path, last_step: int, *, only: str | None = None) -> None:
+  """Leaves out of a file of JSON lines those after `last_step` (`only`: events of that name), and what is no whole line."""
   if not path.exists():
     return
   rest = path.with_name(f"{path.name}.tmp")
   with (
+    naming(path),
     path.open(encoding="utf-8", errors="replace") as old,
     rest.open("w", encoding="utf-8") as new,
   ):
-    new.writelines(line for line in old if line.endswith("\n") and _step_of(line) <= last_step)
+    new.writelines(line for line in old if line.endswith("\n") and _stays(line, last_step, only))
     new.flush()
     os.fsync(new.fileno())
   rest.replace(path)
 
 
-def _step_of(line: str) -> float:
-  """The step of a line of JSON; infinity for one that was cut off as its run was killed."""
+def _stays(line: str, last_step: int, only: str | None) -> bool:
+  """Whether `take_back` keeps a line; one that was cut off as its run was killed goes."""
   try:
-    return float(json.loads(line)["step"])
+    values = json.loads(line)
+    return values["step"] <= last_step or (only is not None and values["event"] != only)
   except (ValueError, KeyError, TypeError):
-    return math.inf
+    return False
 
 
 def check_wandb(config: Config) -> None:
@@ -175,7 +186,7 @@ def open_wandb(config: Config) -> Any:
   run_dir = pathlib.Path(config.run_dir)
   name = run_dir / "wandb-id"
   if not name.exists():
-    name.write_text(secrets.token_hex(8), encoding="utf-8")
+    write_whole(name, secrets.token_hex(8).encode())
   return wandb.init(
     project=config.reporting.wandb_project,
     name=run_dir.name,
@@ -234,8 +245,11 @@ class Progress:
   def _print(self, text: str, end: str) -> None:
     if jax.process_index() == 0:
       start = "\r\x1b[2K" if self._live else ""
-      self._out.write(start + text + end)
-      self._out.flush()
+      try:
+        self._out.write(start + text + end)
+        self._out.flush()
+      except OSError:  # whoever read it is gone, which is no reason to lose the run
+        self._out = io.StringIO()
 
 
 def _clock(seconds: float) -> str:

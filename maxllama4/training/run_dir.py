@@ -11,6 +11,7 @@ import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
 from maxllama4.config import Config, DistributedConfig, config_to_dict, read_yaml, require
+from maxllama4.data.tokenizer import keep_tokenizer
 from maxllama4.files import write_whole
 
 CONFIG_FILE = "config.yml"
@@ -35,12 +36,17 @@ def check_run_dir(config: Config) -> None:
 
 
 def keep_config(config: Config) -> None:
-  """Writes the resolved configuration into the run; where the processes run is left out, for it may go on elsewhere."""
+  """Writes the resolved configuration into the run, and a copy of a tokenizer from elsewhere.
+
+  Where the processes run is left out: the run may go on on other machines.
+  """
   if jax.process_index() == 0:
     run_dir = pathlib.Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     tree = config_to_dict(dataclasses.replace(config, distributed=DistributedConfig()))
     write_whole(run_dir / CONFIG_FILE, yaml.safe_dump(tree, sort_keys=False).encode())
+    if config.data.tokenizer is not None:
+      keep_tokenizer(config.data.tokenizer, run_dir)  # so that the run can be decoded and exported
 
 
 @contextlib.contextmanager

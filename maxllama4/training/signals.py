@@ -1,8 +1,9 @@
 """A run that is asked to stop, by SIGTERM or from the keyboard."""
 
+import contextlib
+import os
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType
 
 import jax
@@ -19,8 +20,8 @@ class StopRequest:
   SIGTERM itself, also before the first step: then they stop after that.
   """
 
-  def __init__(self, say: Callable[[str], None]):
-    self._say, self._deferred, self._asked = say, False, False
+  def __init__(self):
+    self._deferred, self._asked = False, False
     self._steps_seen = 0
     self._earlier: dict[int, object] = {}
 
@@ -48,11 +49,18 @@ class StopRequest:
 
   def _take(self, number: int, frame: FrameType | None) -> None:
     if not self._deferred:
-      self._say("stopped before the first step; nothing was changed")
+      _say("stopped before the first step")
       raise SystemExit(0)
     if self._asked and number == signal.SIGINT:
       raise KeyboardInterrupt
+    if not self._asked:
+      _say(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint")
     self._asked = True
     if jax.process_count() > 1:
       signal.raise_signal(signal.SIGTERM)
-    self._say(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint")
+
+
+def _say(text: str) -> None:
+  """To standard output, past its buffer: a signal may come in the middle of a `print`."""
+  with contextlib.suppress(OSError):
+    os.write(1, f"\n{text}\n".encode())

@@ -1,5 +1,6 @@
 """Checkpoints by step: which stay, where they can be restored to, and what becomes of damaged ones."""
 
+import json
 import random
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from tiny import tiny_arrays, tiny_config, tiny_run
 
 import maxllama4
-from maxllama4.checkpoint.checksums import RECORD, find_damage
+from maxllama4.checkpoint.checksums import RECORD, find_damage, write_record
 from maxllama4.checkpoint.store import CheckpointError, CheckpointStore
 from maxllama4.config import CheckpointConfig, MeshConfig
 from maxllama4.mesh import build_mesh
@@ -288,3 +289,12 @@ def test_decoding_and_conversion_read_the_newest_whole_checkpoint(tmp_path):
     np.testing.assert_array_equal(array, arrays_of(model)[path])
   with pytest.raises(CheckpointError, match="checkpoints/1 is damaged"):
     maxllama4.load_model(tmp_path / "checkpoints" / "1")
+
+
+def test_what_other_processes_record_meanwhile_is_not_recorded_as_theirs(tmp_path):
+  (tmp_path / "data").write_bytes(b"numbers")
+  for name in (RECORD.format(1), f".{RECORD.format(2)}.tmp"):
+    (tmp_path / name).write_bytes(b"{")
+  write_record(tmp_path, 0)
+  record = json.loads((tmp_path / RECORD.format(0)).read_bytes())
+  assert list(record["files"]) == ["data"]

@@ -10,7 +10,7 @@ import signal
 import pytest
 from tiny import tiny_config, tiny_run
 
-from maxllama4 import ConfigError, load_config, load_model
+from maxllama4 import ConfigError, load_config, load_model, load_tokenizer
 from maxllama4.config import (
   CheckpointConfig,
   DataConfig,
@@ -18,6 +18,9 @@ from maxllama4.config import (
   OptimizerConfig,
   ReportingConfig,
 )
+from maxllama4.data.sources import DataError, Document
+from maxllama4.data.tokenizer import check_kept_tokenizer, train_tokenizer
+from maxllama4.decoding.request import continuations
 from maxllama4.training.loop import Extras, is_due, train
 from maxllama4.training.run_dir import check_run_dir, keep_config
 from maxllama4.training.signals import StopRequest
@@ -39,7 +42,7 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(texts, tmp_path_factory):
   """Six steps of two microbatches on a mesh of three axes, all losses on."""
-  return tiny_run(
+  config = tiny_run(
     MODEL,
     run_dir=tmp_path_factory.mktemp("run") / "whole",
     data=DataConfig(paths=(str(texts),), held_out_fraction=0.2),
@@ -51,15 +54,18 @@ def config(texts, tmp_path_factory):
     gradient_accumulation=2,
     log_every=1,
     eval_every=3,
+    reporting=ReportingConfig(sample_prompts=("ab",), sample_tokens=8),
     load_balance_loss=0.01,
     router_bias_update_rate=0.01,
   )
+  cache = tmp_path_factory.mktemp("compiled")  # the same programs again and again
+  return dataclasses.replace(config, compilation_cache=str(cache))
 
 
 @pytest.fixture(scope="module")
 def whole(config):
   """The run directory of a run that was never stopped."""
-  train(config)
+  train(config, Extras(sample=continuations))
   return pathlib.Path(config.run_dir)
 
 
@@ -73,6 +79,13 @@ def test_a_run_directory_holds_all_that_a_run_was(config, whole):
   assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["2", "4", "6"]
   assert list(whole.glob("events.out.tfevents.*")) and (whole / "tokenizer.model").exists()
   assert load_model(whole).config == MODEL
+
+
+def test_a_run_on_a_mesh_writes_what_its_model_goes_on_with(config, whole):
+  lines = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
+  assert [(line["step"], line["prompt"]) for line in lines] == [(3, "ab"), (6, "ab")]
+  model, tokenizer = load_model(whole), load_tokenizer(whole)
+  assert lines[1]["completion"] == continuations(model, tokenizer, ["ab"], 8)[0]
 
 
 def test_every_logged_step_has_the_metrics_that_users_rely_on(config, whole):
@@ -133,8 +146,7 @@ def test_a_signal_stops_a_run_with_a_checkpoint_and_the_next_start_goes_on_exact
   config, whole, tmp_path, number
 ):
   shutil.copytree(whole, tmp_path / "run", ignore=lambda *_: ["checkpoints", "metrics.jsonl"])
-  reporting = ReportingConfig(sample_prompts=("ab",), sample_tokens=8)
-  config = dataclasses.replace(config, run_dir=str(tmp_path / "run"), reporting=reporting)
+  config = dataclasses.replace(config, run_dir=str(tmp_path / "run"))
 
   def sample(*_):  # during the evaluation after step 3
     signal.raise_signal(number)
@@ -155,14 +167,14 @@ def test_a_signal_stops_a_run_with_a_checkpoint_and_the_next_start_goes_on_exact
   assert [e["event"] for e in events_of_run(folder)[-2:]] == ["started", "stopped"]
 
 
-def test_a_signal_before_the_first_step_ends_the_process_with_exit_code_0(config, tmp_path, capsys):
-  with StopRequest(print), pytest.raises(SystemExit) as stopped:
+def test_a_signal_before_the_first_step_ends_the_process_with_exit_code_0(capfd):
+  with StopRequest(), pytest.raises(SystemExit) as stopped:
     signal.raise_signal(signal.SIGTERM)
-  assert stopped.value.code == 0 and "before the first step" in capsys.readouterr().out
+  assert stopped.value.code == 0 and "before the first step" in capfd.readouterr().out
 
 
 def test_a_second_signal_from_the_keyboard_stops_at_once():
-  with StopRequest(lambda _: None) as stop:
+  with StopRequest() as stop:
     stop.defer()
     signal.raise_signal(signal.SIGINT)
     assert stop.after_this_step()
@@ -203,6 +215,47 @@ def test_what_is_refused_leaves_the_run_as_it_was(config, whole, section, change
   with pytest.raises(ConfigError, match=words):
     train(dataclasses.replace(config, **{section: changed}))
   assert ((whole / "config.yml").read_bytes(), sorted(map(str, whole.rglob("*")))) == before
+
+
+def test_another_tokenizer_is_refused_and_the_runs_own_stays(config, whole, tmp_path):
+  other = tmp_path / "other.model"
+  shutil.copy(whole / "tokenizer.model", other)
+  data = dataclasses.replace(config.data, tokenizer=str(other))
+  check_kept_tokenizer(other, whole)  # the same one, from elsewhere
+  train_tokenizer([Document("a", "quite another text")], 280, other)
+  before = (whole / "tokenizer.model").read_bytes()
+  with pytest.raises(ConfigError, match=r"is not the tokenizer that .* was trained with"):
+    train(dataclasses.replace(config, data=data))
+  assert (whole / "tokenizer.model").read_bytes() == before
+
+
+def test_a_run_that_is_broken_off_says_so_and_keeps_the_save_under_way(config, whole, tmp_path):
+  folder = stopped_after(2, whole, tmp_path / "broken")
+
+  def sample(*_):  # during the evaluation after step 3
+    raise DataError("texts/3.txt: line 1 is not what it was.")
+
+  config = dataclasses.replace(config, run_dir=str(folder))
+  with pytest.raises(DataError):
+    train(config, Extras(sample=sample))
+  last = events_of_run(folder)[-1]
+  assert last["reason"] == "failure: texts/3.txt: line 1 is not what it was." and last["step"] == 3
+
+
+def test_a_run_whose_end_was_not_written_down_is_done_all_the_same(config, whole, tmp_path):
+  folder = stopped_after(6, whole, tmp_path / "ended")
+  events = (folder / "events.jsonl").read_text().splitlines()
+  (folder / "events.jsonl").write_text("\n".join(events[:-1]) + '\n{"event": "stop')
+  for _ in range(2):
+    train(dataclasses.replace(config, run_dir=str(folder)))
+    assert events_of_run(folder)[-1]["reason"] == "done"
+    assert len(events_of_run(folder)) == len(events)
+
+
+def test_a_tokenizer_from_elsewhere_is_copied_into_the_run(config, whole, tmp_path):
+  data = dataclasses.replace(config.data, tokenizer=str(whole))
+  keep_config(dataclasses.replace(config, run_dir=str(tmp_path), data=data))
+  assert (tmp_path / "tokenizer.model").read_bytes() == (whole / "tokenizer.model").read_bytes()
 
 
 def test_settings_of_training_may_change_in_a_run_directory(config, tmp_path):
