@@ -289,7 +289,7 @@ class ReportingConfig:
   """What a run shows besides its metrics."""
 
   report_every_seconds: float = 60.0  # between rewrites of report.html; 0: only at the end
-  sample_prompts: tuple[str, ...] = ()  # continued greedily at each evaluation
+  sample_prompts: tuple[str, ...] = ()  # continued at each evaluation
   sample_tokens: int = 64  # new tokens of each
   wandb_project: str | None = None  # a Weights & Biases project that gets the metrics, too
 

@@ -24,6 +24,7 @@ from maxllama4.decoding.sampling import Sampling
 from maxllama4.model.llama4 import Llama4ForCausalLM
 from maxllama4.settings import LARGEST_INT32, at_most
 
+SAMPLE_TEMPERATURE = 0.7  # of a run's samples: greedily, a small model goes round in circles
 Prompt = str | list[Any]  # a text to continue, or the messages of a dialog to answer
 
 
@@ -238,9 +239,11 @@ def check_lengths(prompts: Sequence[Sequence[int]], longest: int) -> None:
 def continuations(
   model: Llama4ForCausalLM, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
 ) -> list[str]:
-  """How `model` goes on from each of `prompts`, greedily: a training run's samples."""
+  """How `model` goes on from each of `prompts`: a training run's samples, with the same random numbers every time."""
   ids = [[tokenizer.bos_token_id, *tokenizer.encode(prompt)] for prompt in prompts]
-  completions = generate(model, ids, max_new_tokens, stop_tokens=tokenizer.stop_token_ids)
+  completions = generate(
+    model, ids, max_new_tokens, SAMPLE_TEMPERATURE, stop_tokens=tokenizer.stop_token_ids
+  )
   return [tokenizer.decode(completion.tokens) for completion in completions]
 
 

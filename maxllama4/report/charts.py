@@ -98,7 +98,7 @@ def line_chart(
   keys = [(f"k{curve.colour % NUM_COLOURS}", curve.name) for curve in curves]
   if len(curves) == 1 and curves[0].name.lower() == title.lower():
     keys = []
-  keys += [("bad", "skipped or spike")] * ("bad" in kinds)
+  keys += [("bad", "skipped")] * ("bad" in kinds)
   keys += [("restart", "resumed")] * ("restart" in kinds)
   legend = _legend(keys) if keys else ""
   body = _mark_paths(marks, x) + f'<g transform="{_matrix(x, y)}">{paths}</g>'

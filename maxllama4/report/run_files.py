@@ -42,7 +42,7 @@ class Run:
     ] = {}  # newest debug statistics, with their step
     self.started: list[dict[str, Any]] = []
     self.stopped: dict[str, Any] | None = None  # None while the newest start has not come to an end
-    self.marks: list[dict[str, Any]] = []  # skipped steps, spikes and resumptions, evenly thinned
+    self.marks: list[dict[str, Any]] = []  # skipped steps and resumptions, evenly thinned
     self.events: list[dict[str, Any]] = []  # the newest
     self.num_events: dict[str, int] = collections.Counter()
     self.samples: list[tuple[int, list[dict[str, Any]]]] = []  # by step
@@ -214,7 +214,7 @@ def _read_events(run: Run) -> None:
       run.stopped = None
     elif name == "stopped":
       run.stopped = event
-    is_mark = name in ("skipped", "spike") or (name == "started" and event.get("resumed"))
+    is_mark = name == "skipped" or (name == "started" and event.get("resumed"))
     if is_mark and _step_of(event) is not None:
       marks.add(event)
   run.events, run.marks = list(newest), marks.items

@@ -147,7 +147,7 @@ def _write_events(run_dir: pathlib.Path, last: int, stopped: str | None) -> None
     {"time": "2026-11-20T11:20:00Z", "event": "skipped", "step": int(0.41 * last), "reason": "gradients are not finite", "loss": float("nan")},
     {"time": "2026-11-20T13:02:11Z", "event": "stopped", "step": last // 2, "reason": "signal"},
     {"time": "2026-11-20T13:30:00Z", "event": "started", "step": last // 2, **STARTED, "resumed": True, "compile_seconds": 4.4, "startup_seconds": 21.0},
-    {"time": "2026-11-20T15:10:42Z", "event": "spike", "step": int(0.7 * last), "reason": "loss 6.3 sigma above its mean", "loss": 3.91},
+    {"time": "2026-11-20T15:10:42Z", "event": "skipped", "step": int(0.7 * last), "reason": "loss 6.3 sigma above its mean", "loss": 3.91},
   ]  # fmt: skip
   if stopped:
     events.append(

@@ -200,7 +200,7 @@ LINES = st.lists(
     st.fixed_dictionaries(
       {"step": st.integers(0, 50) | VALUES},
       optional={
-        "event": st.sampled_from(["started", "stopped", "skipped", "spike"]),
+        "event": st.sampled_from(["started", "stopped", "skipped"]),
         "completion": st.text(),
       },
     ),

@@ -63,7 +63,7 @@ def test_values_of_a_wrong_kind_are_no_values(tmp_path):
     '{"step": 4, "loss": ' + "[" * 100_000 + "\n",
   )
   write_lines(
-    tmp_path / "events.jsonl", {"event": 3}, {"event": "skipped"}, {"event": "spike", "step": "x"}
+    tmp_path / "events.jsonl", {"event": 3}, {"event": "skipped"}, {"event": "skipped", "step": "x"}
   )
   write_lines(tmp_path / "samples.jsonl", {"step": 1}, {"step": 1, "completion": 3})
   run = read_run(tmp_path)
