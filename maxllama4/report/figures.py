@@ -138,7 +138,9 @@ def time_figure(run: Run) -> str:
     for start, stop, seconds in run.series[f"seconds/{kind}"].sums():
       place = max(0, (start + stop - 1) // 2 - 1) // width  # a line tells of the steps before it
       bins.setdefault(place, [0.0] * len(kinds))[i] += max(0.0, seconds)
-  bars = [(place * width, (place + 1) * width, amounts) for place, amounts in sorted(bins.items())]
+  places = sorted(bins)
+  starts = [*places[:1], *(place + 1 for place in places)]  # a bar reaches back to the one before
+  bars = [(start * width, (place + 1) * width, bins[place]) for start, place in zip(starts, places)]
   return stacked_chart("Where time went", kinds, bars)
 
 
