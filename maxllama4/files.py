@@ -15,16 +15,16 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
       file.flush()
       os.fsync(file.fileno())
     os.replace(unfinished, path)
-    sync_folder(path.parent)
+    sync(path.parent)
   except OSError as error:
     with contextlib.suppress(OSError):
       unfinished.unlink()
     raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def sync_folder(folder: pathlib.Path) -> None:
-  """Returns when the folder's names (new, changed, gone) are on the disk."""
-  descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: pathlib.Path) -> None:
+  """Returns when a file, or a folder's names (new, changed, gone), is on the disk."""
+  descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)
   finally:

@@ -27,6 +27,7 @@ from maxllama4.checkpoint.tensors import (
   check_tensors,
 )
 from maxllama4.config import DTYPES, ConfigError, ModelConfig
+from maxllama4.files import sync
 from maxllama4.model.weights import ModelTemplate
 
 FORMATS = ("hf", "maxllama4")
@@ -137,21 +138,12 @@ def _prepare(partial: pathlib.Path, companions: pathlib.Path | None, sink: Tenso
 def _finish(partial: pathlib.Path, destination: pathlib.Path) -> None:
   """Makes `destination` of what is complete, once all of it is on the disk."""
   for path in (*partial.rglob("*"), partial):
-    _sync(path)
+    sync(path)
   (partial / DONE).unlink()
   if destination.exists():
     destination.rmdir()  # it is empty
   os.replace(partial, destination)
-  _sync(destination.parent)
-
-
-def _sync(path: pathlib.Path) -> None:
-  """Returns when the file or the folder's list of names is on the disk."""
-  file = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(file)
-  finally:
-    os.close(file)
+  sync(destination.parent)
 
 
 def _result_of(
