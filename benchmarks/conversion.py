@@ -9,13 +9,9 @@ needs three times the checkpoint's size.
 """
 
 import argparse
-import datetime
 import hashlib
-import importlib.metadata
-import json
 import os
 import pathlib
-import platform
 import shutil
 import sys
 import tempfile
@@ -24,6 +20,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import yaml
+from record import keep
 
 from maxllama4.checkpoint.hf import SHARD_BYTES, HuggingFaceFolder, HuggingFaceWriter, tensor_table
 from maxllama4.checkpoint.safetensors_files import num_bytes
@@ -32,7 +29,6 @@ from maxllama4.config import ModelConfig, config_from_section
 from maxllama4.model.weights import ModelTemplate
 
 ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "conversion.json"
 MAIN = "import sys; from maxllama4.cli import main; sys.exit(main())"
 
 
@@ -40,6 +36,7 @@ def scout(layers: int, **changes) -> ModelConfig:
   """Scout's text model with so many layers."""
   section = yaml.safe_load((ROOT / "configs" / "models" / "llama4_scout.yml").read_text())
   section |= {"num_hidden_layers": layers, "dtype": "bfloat16", "param_dtype": "bfloat16"}
+  section |= {name: None for name in section if name.endswith(("_token_id", "_token_index"))}
   section |= {"vision_config": None} | {k: v for k, v in changes.items() if v is not None}
   return config_from_section(ModelConfig, section, "scout: ")
 
@@ -169,24 +166,7 @@ def main() -> None:
       layers += 1
   with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
     result = measure(pathlib.Path(folder), scout(layers, **changes))
-  names = ("jax", "orbax-checkpoint", "tensorstore", "numpy")
-  record = {
-    "date": datetime.date.today().isoformat(),
-    "command": f"python benchmarks/conversion.py {' '.join(sys.argv[1:])}".strip(),
-    "hardware": f"{os.cpu_count()} x {_processor()}, {os.sysconf('SC_PHYS_PAGES') * 4096 / 2**30:.0f} GiB",
-    "python": platform.python_version(),
-    **{name: importlib.metadata.version(name) for name in names},
-    **result,
-  }
-  records = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-  RESULTS.parent.mkdir(exist_ok=True)
-  RESULTS.write_text(json.dumps([*records, record], indent=2) + "\n")
-  print(json.dumps(record, indent=2))
-
-
-def _processor() -> str:
-  lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-  return next((x.partition(": ")[2] for x in lines if x.startswith("model name")), "processor")
+  keep("conversion", ("jax", "orbax-checkpoint", "tensorstore", "numpy"), result)
 
 
 if __name__ == "__main__":

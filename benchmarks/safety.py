@@ -13,12 +13,9 @@ Results go to benchmarks/results/safety.json. Leave the machine alone meanwhile.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import re
 import shutil
 import statistics
@@ -30,12 +27,12 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from record import keep
 
 from maxllama4.checkpoint.checksums import find_damage
 from maxllama4.checkpoint.store import CHECKPOINTS, CheckpointStore
 
 ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "safety.json"
 TRAIN = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs" / "quickstart.yml")]
 EVERY, SEGMENT, LOG_EVERY = 100, 50, 5
 ARRAY_BYTES = 2**26
@@ -183,26 +180,11 @@ def main() -> None:
     saving = measure_saving(folder / "saving", arguments.steps)
     shutil.rmtree(folder / "saving")
     restoring = measure_restoring(folder / "restoring", arguments.gigabytes)
-  names = ("jax", "orbax-checkpoint", "tensorstore", "numpy")
-  record = {
-    "date": datetime.date.today().isoformat(),
-    "command": f"python benchmarks/safety.py {' '.join(sys.argv[1:])}".strip(),
-    "hardware": f"{os.cpu_count()} x {_processor()}, {os.sysconf('SC_PHYS_PAGES') * 4096 / 2**30:.0f} GiB",
-    "python": platform.python_version(),
-    **{name: importlib.metadata.version(name) for name in names},
-    "saving": saving,
-    "restoring": restoring,
-    "starting": starting,
-  }
-  records = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-  RESULTS.parent.mkdir(exist_ok=True)
-  RESULTS.write_text(json.dumps([*records, record], indent=2) + "\n")
-  print(json.dumps(record, indent=2))
-
-
-def _processor() -> str:
-  lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-  return next((x.partition(": ")[2] for x in lines if x.startswith("model name")), "processor")
+  keep(
+    "safety",
+    ("jax", "orbax-checkpoint", "tensorstore", "numpy"),
+    {"saving": saving, "restoring": restoring, "starting": starting},
+  )
 
 
 if __name__ == "__main__":
