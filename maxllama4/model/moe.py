@@ -96,7 +96,7 @@ class RoutedAndSharedMoE(nnx.Module):
     """`valid` is False at padding, which is neither routed nor counted."""
     experts, scores, statistics = self.router(x, valid)
     scores = scores.astype(x.dtype)
-    gate_up, down = self.gate_up.astype(x.dtype), self.down.astype(x.dtype)
+    gate_up, down = self.gate_up.get_value(), self.down.get_value()
     context = current_mesh()
     if context is None:
       routed = route(x, experts, scores, gate_up, down)
@@ -112,7 +112,22 @@ def route(
   gate_up: Float[Array, "E D 2 F"],
   down: Float[Array, "E F D"],
 ) -> Float[Array, "B T D"]:
-  """The sum of each token's experts. Choices outside 0..E-1 (padding, other devices' experts) give zero."""
+  """The sum of each token's experts, in the dtype of `x`. Choices outside 0..E-1 (padding) give zero."""
+  return _route(x, experts, scores, _flat(gate_up.astype(x.dtype)), down.astype(x.dtype))
+
+
+def _flat(gate_up: Float[Array, "E D 2 F"]) -> Float[Array, "E D W"]:
+  return gate_up.reshape(*gate_up.shape[:2], -1)
+
+
+def _route(
+  x: Float[Array, "B T D"],
+  experts: Int[Array, "B T C"],
+  scores: Float[Array, "B T C"],
+  gate_up: Float[Array, "E D W"],
+  down: Float[Array, "E F D"],
+) -> Float[Array, "B T D"]:
+  """`route` by matrices whose gate (first half) and up stand side by side, in the dtype of `x`."""
   batch, length, dim = x.shape
   choices = experts.shape[-1]
   ids = experts.reshape(-1)
@@ -122,7 +137,7 @@ def route(
 
   rows = (x[:, :, None] * scores[..., None]).reshape(-1, dim)  # R D
   rows = permute_rows(rows, order, inverse)
-  hidden = grouped_matmul(rows, gate_up.reshape(*gate_up.shape[:2], -1), sizes)
+  hidden = grouped_matmul(rows, gate_up, sizes)
   gate, up = jnp.split(hidden, 2, axis=-1)
   rows = grouped_matmul(jax.nn.silu(gate) * up, down, sizes)
   return permute_rows(rows, inverse, order).reshape(batch, length, choices, dim).sum(2)
@@ -146,7 +161,9 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
   """`route` with experts spread over a mesh axis: gather the tokens of that axis, apply one's own experts, add up.
 
   Every device of the experts' axis sees all the tokens of its group ("ring" expert parallelism): shapes are static and
-  nothing is dropped. The features of an expert may be split too; their partial sums are added.
+  nothing is dropped. The features of an expert may be split too; their partial sums are added. Weights come in as they
+  are stored and are gathered here, in the dtype of `x`: so their gradients are scattered as they are summed, in that
+  dtype, and no device ever holds the gradient of a whole layer in float32.
   """
   (expert_axis,) = context.axes_of("experts") or (None,)
   sum_axes = context.axes_of("ffn")
@@ -154,12 +171,15 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
   local_experts = gate_up.shape[0] // context.size("experts")
 
   def local(x, experts, scores, gate_up, down):
+    # The cast and the reshape come first: what is gathered is half as large, and laid out as the products want it.
+    gate_up = _gather_embed(context, _flat(gate_up.astype(x.dtype)), 1)
+    down = _gather_embed(context, down.astype(x.dtype), 2)
     if gathers:
       x, experts, scores = jax.lax.all_gather((x, experts, scores), expert_axis, tiled=True)
     if expert_axis is not None:
       experts = experts - jax.lax.axis_index(expert_axis) * local_experts
       experts = jnp.where((experts >= 0) & (experts < local_experts), experts, local_experts)
-    y = route(x, experts, scores, gate_up, down)
+    y = _route(x, experts, scores, gate_up, down)
     if sum_axes:
       y = jax.lax.psum(y, sum_axes)
     if gathers:
@@ -174,9 +194,15 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
       tokens,
       tokens,
       tokens,
-      context.spec(("experts", None, None, "ffn")),
-      context.spec(("experts", "ffn", None)),
+      context.spec(("experts", "embed", None, "ffn")),
+      context.spec(("experts", "ffn", "embed")),
     ),
     out_specs=tokens,
     check_vma=False,
   )(x, experts, scores, gate_up, down)
+
+
+def _gather_embed(context: MeshContext, weight, axis: int):
+  """`weight` whole along `axis`, its dimension "embed"."""
+  axes = context.axes_of("embed")
+  return jax.lax.all_gather(weight, axes, axis=axis, tiled=True) if axes else weight
