@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from maxllama4.config import ModelConfig
 from maxllama4.kernels.grouped_matmul import grouped_matmul
 from maxllama4.model.mlp import GatedMLP
-from maxllama4.sharding import MeshContext, current_mesh, weight, zeros
+from maxllama4.sharding import MeshContext, current_mesh, gather_embed, weight, zeros
 
 
 class RouterBias(nnx.Variable):
@@ -172,8 +172,8 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
 
   def local(x, experts, scores, gate_up, down):
     # The cast and the reshape come first: what is gathered is half as large, and laid out as the products want it.
-    gate_up = _gather_embed(context, _flat(gate_up.astype(x.dtype)), 1)
-    down = _gather_embed(context, down.astype(x.dtype), 2)
+    gate_up = gather_embed(context, _flat(gate_up), ("experts", "embed", "ffn"), x.dtype)
+    down = gather_embed(context, down, ("experts", "ffn", "embed"), x.dtype)
     if gathers:
       x, experts, scores = jax.lax.all_gather((x, experts, scores), expert_axis, tiled=True)
     if expert_axis is not None:
@@ -200,9 +200,3 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
     out_specs=tokens,
     check_vma=False,
   )(x, experts, scores, gate_up, down)
-
-
-def _gather_embed(context: MeshContext, weight, axis: int):
-  """`weight` whole along `axis`, its dimension "embed"."""
-  axes = context.axes_of("embed")
-  return jax.lax.all_gather(weight, axes, axis=axis, tiled=True) if axes else weight
