@@ -77,6 +77,15 @@ def current_mesh() -> MeshContext | None:
   return context if context is not None and context.mesh.size > 1 else None
 
 
+def current_platform() -> str | None:
+  """What the devices of the innermost `use_mesh` are: cpu, tpu, ...; None outside, where devices are not known.
+
+  Not what this process runs on: a step may be compiled for devices that are elsewhere.
+  """
+  context = _CONTEXT.get()
+  return None if context is None else context.mesh.devices.flat[0].platform
+
+
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   """`x`, laid over the mesh as `axes` say (one name, or None for whole, a dimension)."""
   context = current_mesh()
