@@ -90,38 +90,42 @@ def _bytes_per_second(chip: Chip, work: Work, collective: Collective) -> float:
   if collective.dcn:
     return DCN_FRACTION * chip.dcn_bytes_per_second
   links = sum(work.links.get(axis, 1.0) for axis in collective.axes) or 1.0
-  # Axes that split one dimension of the torus share its links.
-  return (
-    ICI_FRACTION * min(links, 2.0 * chip.torus_dims if work.links else links) * chip.link_bytes_per_second
-  )
+  return ICI_FRACTION * min(links, 2.0 * chip.torus_dims) * chip.link_bytes_per_second
 
 
 def links_of(topology: Topology, mesh: MeshConfig, sizes: Mapping[str, int]) -> dict[str, float]:
   """Links over which a chip sends at once along each mesh axis of `sizes` (whole axes, of all slices).
 
-  An axis that fills whole dimensions of the torus has two links for each that is closed to a ring, and one for each that
-  is a line; one that shares a dimension with another axis has one. Axes are laid as by `mesh_utils.create_device_mesh`:
-  the last first, over as many dimensions as possible.
+  An axis has two links for each dimension of the torus that it fills and that is closed to a ring, and one for each that
+  is a line or that it shares with another axis. Axes are laid as `mesh_utils.create_device_mesh` lays them: the last
+  first, over as many dimensions as possible.
   """
-  in_slice = {axis: sizes[axis] // mesh.slices_along(axis) for axis in MESH_AXES}
-  free = dict(enumerate((*topology.shape[:-1], topology.shape[-1] * topology.chip.devices)))
-  closed = [_is_ring(topology, size) for size in topology.shape]
+  *outer, last = topology.shape
+  dims = [(size, _is_ring(topology, size)) for size in outer]
+  # Two devices of a chip are neighbours along one more line, which is as good as a longer dimension.
+  dims.append((last * topology.chip.devices, _is_ring(topology, last)))
   links = {}
   for axis in reversed(MESH_AXES):
-    if in_slice[axis] == 1:
-      continue
-    dims = _dims_of(in_slice[axis], free)
-    links[axis] = float(sum(2 if closed[dim] else 1 for dim in dims)) or 1.0
-    free = {dim: size for dim, size in free.items() if dim not in dims}
+    size = sizes[axis] // mesh.slices_along(axis)
+    if size > 1:
+      links[axis], dims = _lay(size, [dim for dim in dims if dim[0] > 1])
   return links
 
 
-def _dims_of(size: int, free: Mapping[int, int]) -> tuple[int, ...]:
-  for count in range(len(free), 0, -1):
-    for dims in itertools.combinations(free, count):
-      if math.prod(free[dim] for dim in dims) == size:
-        return dims
-  return ()
+def _lay(size: int, dims: list[tuple[int, bool]]) -> tuple[float, list[tuple[int, bool]]]:
+  """Links of an axis of `size` over some of `dims` (chips, whether closed), and the dimensions that it leaves."""
+  for count in range(len(dims), 0, -1):
+    for taken in itertools.combinations(range(len(dims)), count):
+      if math.prod(dims[i][0] for i in taken) == size:
+        links = sum(2 if dims[i][1] and dims[i][0] > 2 else 1 for i in taken)
+        return float(links), [dim for i, dim in enumerate(dims) if i not in taken]
+  links, left = 0, []
+  for chips, closed in reversed(dims):
+    part = math.gcd(size, chips)
+    links += part > 1
+    size //= part
+    left.insert(0, (chips // part, closed and part == 1))
+  return float(links), left
 
 
 def _is_ring(topology: Topology, size: int) -> bool:
