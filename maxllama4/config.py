@@ -39,7 +39,7 @@ from maxllama4.settings import (
   to_plain,
 )
 
-REMAT_POLICIES = ("none", "full", "matmuls", "attention")
+REMAT_POLICIES = ("none", "full", "offload", "matmuls", "attention")
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 # Which mesh axes each logical axis is split over, unless `mesh.rules` says otherwise.
 DEFAULT_RULES = {

@@ -16,7 +16,8 @@ class Choice:
   expert_capacity_factor: float = 0.0  # 0: no row is dropped
 
 
-_CHOICE: contextvars.ContextVar[Choice] = contextvars.ContextVar("kernels", default=Choice())
+_AUTO = Choice()
+_CHOICE: contextvars.ContextVar[Choice] = contextvars.ContextVar("kernels", default=_AUTO)
 
 
 @contextlib.contextmanager
