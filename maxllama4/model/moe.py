@@ -17,7 +17,14 @@ from maxllama4.kernels.choice import current_choice
 from maxllama4.kernels.grouped_matmul import PLATFORMS, has_tokamax
 from maxllama4.model.dispatch import WIDE, Exchange, apply_experts, exchange_and_apply
 from maxllama4.model.mlp import GatedMLP
-from maxllama4.sharding import MeshContext, current_mesh, current_platform, weight, zeros
+from maxllama4.sharding import (
+  MeshContext,
+  current_mesh,
+  current_platform,
+  gather_embed,
+  weight,
+  zeros,
+)
 
 
 class RouterBias(nnx.Variable):
@@ -190,8 +197,8 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
 
   def local(x, experts, scores, gate_up, down):
     # The cast and the reshape come first: what is gathered is half as large, and laid out as the products want it.
-    gate_up = _gather_embed(context, _flat(gate_up.astype(x.dtype)), 1)
-    down = _gather_embed(context, down.astype(x.dtype), 2)
+    gate_up = gather_embed(context, _flat(gate_up), ("experts", "embed", "ffn"), x.dtype)
+    down = gather_embed(context, down, ("experts", "ffn", "embed"), x.dtype)
 
     def apply(rows, sizes):
       if exchange is None:
@@ -255,9 +262,3 @@ def _exchange(context: MeshContext) -> Exchange | None:
     on_tpu = current_platform() == "tpu"
     kind = "ragged_all_to_all" if on_tpu and parts >= WIDE else "ring"
   return Exchange(axes[0], parts, kind)
-
-
-def _gather_embed(context: MeshContext, weight, axis: int):
-  """`weight` whole along `axis`, its dimension "embed"."""
-  axes = context.axes_of("embed")
-  return jax.lax.all_gather(weight, axes, axis=axis, tiled=True) if axes else weight
