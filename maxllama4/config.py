@@ -68,7 +68,10 @@ _ARRAYS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """How many devices lie along each mesh axis; one axis may be -1, all devices that the others leave.
+  """How many devices of a slice lie along each mesh axis; one axis may be -1, all of them that the others leave.
+
+  A slice is a set of devices with a fast network of their own. `dcn_AXIS` says how many slices the axis spans besides,
+  across the network of the data centre; the whole axis has AXIS x dcn_AXIS devices, and so counts everywhere else.
 
   `rules` is the one table from logical axis names to mesh axes (a name, a list of names, or null); a rule that is not
   given is the one of `DEFAULT_RULES`.
@@ -79,6 +82,11 @@ class MeshConfig:
   expert: int = 1
   tensor: int = 1
   context: int = 1
+  dcn_data: int = 1
+  dcn_fsdp: int = 1
+  dcn_expert: int = 1
+  dcn_tensor: int = 1
+  dcn_context: int = 1
   rules: dict[str, str | tuple[str, ...] | None] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
@@ -95,6 +103,7 @@ class MeshConfig:
     require(
       len(rest) <= 1, f"{' and '.join(rest)}: only one axis can be -1; give the others a size."
     )
+    positive("mesh", self, " ".join(f"dcn_{axis}" for axis in MESH_AXES))
     for name in LOGICAL_AXES:
       axes, single = self.axes_of(name), name in ("experts", "length", "kv_heads")
       require(
@@ -114,17 +123,38 @@ class MeshConfig:
     axes = self.rules[logical]
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
+  def slices_along(self, axis: str) -> int:
+    """How many slices the mesh axis `axis` spans."""
+    return getattr(self, f"dcn_{axis}")
+
+  @property
+  def num_slices(self) -> int:
+    """How many slices the mesh needs."""
+    return math.prod(map(self.slices_along, MESH_AXES))
+
+  @property
+  def known_sizes(self) -> dict[str, int]:
+    """Whole sizes of the axes; -1 counts as 1 in a slice, for how many devices there will be is not known."""
+    return {axis: max(1, getattr(self, axis)) * self.slices_along(axis) for axis in MESH_AXES}
+
   def resolve(self, num_devices: int) -> dict[str, int]:
-    """Axis sizes on `num_devices` devices, -1 filled in. Raises: ConfigError when they do not multiply to that."""
-    sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
-    fixed = math.prod(size for size in sizes.values() if size != -1)
+    """Whole sizes of the axes on `num_devices` devices of all slices, -1 filled in.
+
+    Raises: ConfigError when they do not multiply to that.
+    """
+    sizes, slices = {axis: getattr(self, axis) for axis in MESH_AXES}, self.num_slices
+    fixed = math.prod(self.known_sizes.values())
     rest = num_devices // fixed if -1 in sizes.values() else 1
+    spanned = {f"dcn_{a}": self.slices_along(a) for a in MESH_AXES if self.slices_along(a) > 1}
     require(
       fixed * rest == num_devices,
-      f"mesh {sizes} cannot be laid over {num_devices} devices: the axes that are set multiply to {fixed}; change"
-      " them, or set one to -1 to take all that are left.",
+      f"mesh {sizes | spanned} cannot be laid over {num_devices} devices: the axes that are set multiply to {fixed}"
+      f"{f' ({fixed // slices} in each of {slices} slices)' if spanned else ''}; change them, or set one to -1 to take"
+      " all that are left.",
     )
-    return {axis: rest if size == -1 else size for axis, size in sizes.items()}
+    return {
+      axis: (rest if size == -1 else size) * self.slices_along(axis) for axis, size in sizes.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -335,7 +365,7 @@ class Config:
   run_dir: str
 
   def __post_init__(self):
-    check_mesh_divides(self, {axis: max(1, getattr(self.mesh, axis)) for axis in MESH_AXES})
+    check_mesh_divides(self, self.mesh.known_sizes)
     for name in ("run_dir", "compilation_cache"):
       not_empty(name, getattr(self, name))
     self._check_profile()
@@ -365,7 +395,7 @@ class Config:
 
 
 def check_mesh_divides(config: Config, sizes: dict[str, int]) -> None:
-  """Checks that every dimension that the mesh splits can be split evenly.
+  """Checks that every dimension that the mesh splits can be split evenly; `sizes` are those of whole axes.
 
   Raises: ConfigError naming the dimension, the mesh axes and both numbers.
   """
@@ -389,9 +419,16 @@ def check_mesh_divides(config: Config, sizes: dict[str, int]) -> None:
     require(
       size % parts == 0,
       f"{path}={size} cannot be split evenly into {parts} parts ("
-      + " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes)
+      + " x ".join(_spelt(config.mesh, axis, sizes[axis]) for axis in axes)
       + "); change one of them.",
     )
+
+
+def _spelt(mesh: MeshConfig, axis: str, size: int) -> str:
+  """The settings that make the whole axis `size` long."""
+  slices = mesh.slices_along(axis)
+  spanned = f" x mesh.dcn_{axis}={slices}" if slices > 1 else ""
+  return f"mesh.{axis}={size // slices}{spanned}"
 
 
 # Reading: YAML and key=value to a tree of plain values, then to the dataclasses above.

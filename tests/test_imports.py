@@ -75,7 +75,17 @@ def test_training_and_decoding_do_not_know_each_other():
 def test_kernels_import_jax_alone():
   for path in (PACKAGE / "kernels").glob("*.py"):
     roots = {name.split(".")[0] for name in imported_by(path)}
-    assert roots <= {"jax", "jaxtyping", "functools", "math", "collections"}, path
+    plain = {
+      "collections",
+      "contextlib",
+      "contextvars",
+      "dataclasses",
+      "functools",
+      "importlib",
+      "math",
+    }
+    # tokamax where it is installed: inside a function.
+    assert roots <= plain | {"jax", "jaxtyping", "maxllama4", "tokamax"}, path
 
 
 def test_reports_need_nothing_but_python_and_yaml():
