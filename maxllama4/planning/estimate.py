@@ -74,10 +74,11 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-  """Layers that are alike: their kind, how many there are, and the arrays of one."""
+  """Layers that are alike: their kind, how many there are, whether they are scanned, and the arrays of one."""
 
   kind: LayerKind
   count: int
+  is_scanned: bool
   arrays: tuple[Array, ...]
 
 
@@ -112,13 +113,19 @@ def structure_of(model: ModelConfig, frozen: tuple[str, ...]) -> Structure:
     groups.setdefault(key, []).append(array)
   others = tuple(groups.pop("", ()))
   period = model.inhomogeneous_layer_cycle_interval
-  layers = []
+  layers = {}
   for key, arrays in groups.items():
     _, part, _, place = key.split("/")
     first = 0 if part == "cycles" else model.num_cycles * period
-    kind = model.layer_kinds[first + int(place)]
-    layers.append(Layers(kind, arrays[0].copies, tuple(arrays)))
-  return Structure(tuple(layers), others)
+    kind, is_scanned = model.layer_kinds[first + int(place)], part == "cycles"
+    layers.setdefault((kind, is_scanned), []).append(arrays)
+  return Structure(tuple(_alike(*key, stacks) for key, stacks in layers.items()), others)
+
+
+def _alike(kind: LayerKind, is_scanned: bool, stacks: list[list[Array]]) -> Layers:
+  count = sum(arrays[0].copies for arrays in stacks)
+  arrays = (dataclasses.replace(array, copies=count) for array in stacks[0])
+  return Layers(kind, count, is_scanned, tuple(arrays))
 
 
 @functools.lru_cache(maxsize=16)
@@ -185,7 +192,13 @@ class Share:
     return array.size // self.parts(*(name for name in array.axes if name != "embed"))
 
 
-def estimate(config: Config, topology: Topology, sizes: dict[str, int]) -> Estimate:
+def peak_hbm_bytes(config: Config, sizes: Mapping[str, int]) -> int:
+  """`Estimate.peak_hbm_bytes` alone."""
+  share = Share(config, sizes)
+  return sum(_memory(share, structure_of(config.model, config.training.frozen))[0].values())
+
+
+def estimate(config: Config, topology: Topology, sizes: Mapping[str, int]) -> Estimate:
   """The step of `config` on a mesh of whole axes `sizes` over `topology`."""
   del topology  # what is done does not depend on where; only its time does
   share = Share(config, sizes)
@@ -310,7 +323,8 @@ def _memory(share: Share, structure: Structure) -> tuple[dict[str, int], int]:
   sums = gradients if share.microbatches > 1 else 0  # of the microbatches before
   kept = sum(group.count * _kept_by_layer(share, group.kind) for group in structure.layers)
   # Stacked weights are cast before the loop over the layers, all at once.
-  stacked = (array for group in structure.layers for array in group.arrays if group.count > 1)
+  scanned = (group for group in structure.layers if group.is_scanned)
+  stacked = (array for group in scanned for array in group.arrays)
   cast = sum(share.stored(array) * size for array in stacked if array.itemsize != size)
   loss = _loss_bytes(share)
   layer = max(_layer_bytes(share, group) for group in structure.layers)
@@ -381,12 +395,12 @@ class _Wire:
     size = jnp.dtype(dtype).itemsize
     slices = math.prod(self.share.config.mesh.slices_along(axis) for axis in axes)
     inside = math.prod(self.share.sizes[axis] for axis in axes) // slices
-    passes = 2 if kind == "all-reduce" else 1
     for number, is_dcn, whole in ((inside, False, elements), (slices, True, elements / inside)):
       if number > 1:
         entry = self.sums.setdefault((kind, axes, dtype, early, is_dcn), [0, 0])
         entry[0] += count
-        entry[1] += count * passes * whole * size * (number - 1) / number
+        parts = {"all-reduce": 2 * (number - 1), "collective-permute": number}.get(kind, number - 1)
+        entry[1] += count * whole * size * parts / number
 
   @property
   def collectives(self) -> list[Collective]:
@@ -458,14 +472,22 @@ def _activation_collectives(wire: _Wire, group: Layers) -> None:
     else:
       wire.add("all-reduce", experts, rows, dtype, 2 * count, False)
   length = share.axes("length")
-  if length and not _chunks_stay(share, group.kind):
+  seen = _keys_of_others(share, group.kind)
+  if length and seen:
     heads = 2 * model.num_key_value_heads * model.head_dim / share.parts("kv_heads")
-    whole = share.rows * share.training.sequence_length * heads
-    wire.add("all-gather", length, whole, dtype, forwards * count, False)
-    wire.add("reduce-scatter", length, whole, dtype, count, False)
+    if seen == share.training.sequence_length:
+      wire.add("all-gather", length, share.rows * seen * heads, dtype, forwards * count, False)
+      wire.add("reduce-scatter", length, share.rows * seen * heads, dtype, count, False)
+    else:
+      part = share.rows * seen * heads
+      wire.add("collective-permute", length, part, dtype, (forwards + 1) * count, False)
 
 
-def _chunks_stay(share: Share, kind: LayerKind) -> bool:
-  """Whether no query of a device sees a key of another: its part of a row is a whole number of chunks."""
+def _keys_of_others(share: Share, kind: LayerKind) -> int:
+  """Keys of a row that a device needs besides those of its own part; with all, its own are counted."""
   chunk = share.model.attention_chunk_size if kind.uses_rope else None
-  return chunk is not None and share.length % chunk == 0
+  if chunk is None or chunk > share.length:
+    return share.training.sequence_length
+  # Where documents are packed, a chunk may begin in the part before.
+  is_whole = share.config.data.source == "synthetic" and share.length % chunk == 0
+  return 0 if is_whole else chunk

@@ -74,13 +74,14 @@ def test_the_best_is_no_slower_than_the_given_mesh(run, ranked):
 
 
 def test_every_candidate_leaves_the_margin_free():
-  config = load_config("configs/llama4_scout.yml", ["training.batch_size=16"])
-  topology = parse_topology("v5p:2x2x4")
+  settings = ["training.batch_size=8", "model.num_hidden_layers=8"]
+  config = load_config("configs/llama4_scout.yml", settings)
+  topology = parse_topology("v5p:2x2x2")
   tried = sum(1 for _ in variants(config, topology))
   kept = candidates(config, topology)
   limit = (1 - MEMORY_MARGIN) * topology.chip.hbm_bytes
   assert all(candidate.estimate.peak_hbm_bytes <= limit for candidate in kept)
-  assert len(kept) < tried
+  assert 0 < len(kept) < tried
 
 
 def test_slices_are_spanned_by_data_or_fsdp(run):
