@@ -1,17 +1,32 @@
 """Rows sorted by group, each group times its own matrix: the products of a mixture of experts.
 
-`jax.lax.ragged_dot` is native on TPU; on a CPU it multiplies every row by every matrix. `blockwise` below walks over the
-groups instead and multiplies blocks of rows, so its work follows the rows that are there.
+`jax.lax.ragged_dot` multiplies every row by every matrix on a CPU and on a GPU, and for one of its gradients on a TPU.
+`blockwise` below walks over the groups instead and multiplies blocks of rows, so its work follows the rows that are
+there; megablox.py does so on a TPU, and the library tokamax, if it is there, on a GPU.
 """
+
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from maxllama4.kernels.choice import current_choice
+from maxllama4.kernels.megablox import LANES, megablox
+
 # Rows a block, largest first: a group is cut greedily, so few calls do most of the work and little is computed in vain.
 BLOCKS = (512, 320, 192, 128, 72, 40)
 # Up to so many rows in all (decoding), one row a block: a vector product is bound by reading the matrix, not by work.
 FEW_ROWS = 32
+
+
+# By name, each with the platforms that it runs on.
+KINDS = {
+  "blockwise": ("cpu", "tpu", "cuda", "rocm"),
+  "ragged_dot": ("cpu", "tpu", "cuda", "rocm"),
+  "megablox": ("tpu",),
+  "tokamax": ("tpu", "cuda"),
+}
 
 
 def grouped_matmul(
@@ -21,9 +36,40 @@ def grouped_matmul(
 
   Rows beyond the sum of `sizes` give zeros. A group without rows gets a zero gradient. Result in the dtype of `rows`.
   """
-  return jax.lax.platform_dependent(
-    rows, matrices, sizes, cpu=blockwise, default=jax.lax.ragged_dot
-  )
+  kind = current_choice().grouped_matmul
+  if kind != "auto":
+    return _product_by(kind)(rows, matrices, sizes)
+  by_platform = {
+    platform: _product_by(automatic(platform, matrices.shape))
+    for platform in ("cpu", "tpu", "cuda", "rocm")
+  }
+  return jax.lax.platform_dependent(rows, matrices, sizes, **by_platform)
+
+
+def automatic(platform: str, shape: tuple[int, int, int]) -> str:
+  """The kind that `auto` stands for, for matrices [E, D, F] of `shape`; reasons in docs/decisions/0006."""
+  if platform == "tpu":
+    return "megablox" if all(size % LANES == 0 for size in shape[1:]) else "ragged_dot"
+  if platform == "cuda" and importlib.util.find_spec("tokamax") is not None:
+    return "tokamax"
+  return "blockwise"
+
+
+def _product_by(kind: str):
+  return {
+    "blockwise": blockwise,
+    "ragged_dot": jax.lax.ragged_dot,
+    "megablox": lambda rows, matrices, sizes: megablox(rows, matrices, sizes),
+    "tokamax": _tokamax,
+  }[kind]
+
+
+def _tokamax(rows, matrices, sizes):
+  import tokamax
+
+  product = tokamax.ragged_dot(rows, matrices, sizes, preferred_element_type=rows.dtype)
+  inside = jnp.arange(rows.shape[0]) < sizes.sum()
+  return jnp.where(inside[:, None], product, 0)
 
 
 @jax.custom_vjp

@@ -9,11 +9,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from maxllama4.config import ModelConfig
+from maxllama4.kernels.splash import splash_attention
 from maxllama4.model.kv_cache import EMPTY, LayerCache, store_prompt, store_step
-from maxllama4.model.linear import project
+from maxllama4.model.linear import column_parallel, row_parallel
 from maxllama4.model.norms import rms_normalize
 from maxllama4.model.rope import half_split, rope_tables, rotate
-from maxllama4.sharding import constrain, weight, zeros
+from maxllama4.sharding import constrain, current_mesh, current_platform, weight, zeros
 
 # A row of queries is cut into at most so many blocks, each of which meets only the keys that it could see.
 MAX_QUERY_BLOCKS = 16
@@ -58,6 +59,20 @@ def attention_mask(
   return mask if chunk_size is None else mask & (key // chunk_size == query // chunk_size)
 
 
+def run_starts(
+  positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"], chunk_size: int | None
+) -> Int[Array, "B T"]:
+  """For each token the index of the first one that it may see; a token of padding sees itself alone.
+
+  Those who see each other stand in a row: with this and "not later", it is the rule of `attention_mask`.
+  """
+  chunks = jnp.zeros_like(positions) if chunk_size is None else positions // chunk_size
+  changes = [ids[:, 1:] != ids[:, :-1] for ids in (segment_ids, chunks)]
+  first = jnp.pad(changes[0] | changes[1], ((0, 0), (1, 0)), constant_values=True)
+  index = jnp.arange(positions.shape[1], dtype=jnp.int32)
+  return jax.lax.cummax(jnp.where(first | (segment_ids == 0), index, 0), axis=1)
+
+
 def attend(
   q: Float[Array, "B T N H"],
   k: Float[Array, "B S K H"],
@@ -91,7 +106,13 @@ def self_attend(
   sequences: Sequences,
   chunk_size: int | None,
 ) -> Float[Array, "B T N H"]:
-  """`attend` of a batch to itself, in blocks of queries: keys that come later or lie a chunk back are not touched."""
+  """`attend` of a batch to itself; on a TPU by a kernel, elsewhere in blocks of queries.
+
+  Keys that come later or lie a chunk back are not touched.
+  """
+  if current_platform() == "tpu":
+    return _splash_on_mesh(q, k, v, sequences, chunk_size)
+  k, v = (constrain(z, ("batch", None, "kv_heads", None)) for z in (k, v))
   length = q.shape[1]
   block = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
   positions, segments = sequences.positions, sequences.segment_ids
@@ -107,7 +128,46 @@ def self_attend(
       chunk_size,
     )
     outputs.append(attend(q[:, start:stop], k[:, first:stop], v[:, first:stop], mask))
-  return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+  y = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+  return checkpoint_name(y, "attention")
+
+
+def _splash_on_mesh(q, k, v, sequences: Sequences, chunk_size: int | None):
+  """`splash_attention` of each device's rows and heads; where rows are split, each gathers the keys of whole ones."""
+  context = current_mesh()
+  split = () if context is None else context.axes_of("length")
+
+  def local(q, k, v, positions, segments):
+    offset = 0
+    if split:
+      offset = jax.lax.axis_index(split[0]) * q.shape[1]
+      whole = (k, v, positions, segments)
+      k, v, positions, segments = jax.lax.all_gather(whole, split[0], axis=1, tiled=True)
+    starts = run_starts(positions, segments, chunk_size)
+    return splash_attention(q, k, v, starts, offset, longest_run=chunk_size, name="attention")
+
+  arrays = (q, k, v, sequences.positions, sequences.segment_ids)
+  if context is None:
+    return local(*arrays)
+  rows, queries = (context.spec(("batch", "length", *more)) for more in ((), ("heads", None)))
+  keys = context.spec(("batch", "length", "kv_heads", None))
+  if context.axes_of("heads") != context.axes_of("kv_heads"):
+    k, v = (_repeat_heads(z, q.shape[2], context.size("heads")) for z in (k, v))
+    keys, arrays = queries, (q, k, v, *arrays[3:])
+  return jax.shard_map(
+    local,
+    mesh=context.mesh,
+    in_specs=(queries, keys, keys, rows, rows),
+    out_specs=queries,
+    check_vma=False,
+  )(*arrays)
+
+
+def _repeat_heads(x: Float[Array, "B T K H"], heads: int, parts: int) -> Float[Array, "B T R H"]:
+  """`x` with each head as often as it takes for `parts` devices to hold the key heads of their share of `heads`."""
+  groups = heads // x.shape[2]
+  times = next(n for n in range(1, groups + 1) if groups % n == 0 and x.shape[2] * n % parts == 0)
+  return jnp.repeat(x, times, axis=2)
 
 
 class Attention(nnx.Module):
@@ -148,8 +208,7 @@ class Attention(nnx.Module):
     else:
       y = self_attend(q, k, v, sequences, self.chunk_size)
       cache = None if cache is None else store_prompt(cache, k, v, sequences.valid)
-    y = checkpoint_name(y, "attention")
-    return jnp.einsum("BTNH,NHD->BTD", y, self.out.astype(x.dtype)), cache
+    return row_parallel(y, self.out.get_value(), ("heads", None, "embed")), cache
 
   def project(
     self, x: Float[Array, "B T D"], sequences: Sequences
@@ -159,15 +218,14 @@ class Attention(nnx.Module):
     weights = [self.query.get_value(), self.key.get_value(), self.value.get_value()]
     if self.uses_rope:
       weights[:2] = [half_split(weight) for weight in weights[:2]]
-    q, k, v = (project(x, weight) for weight in weights)
+    heads = ("heads", "kv_heads", "kv_heads")
+    q, k, v = column_parallel(x, weights, [("embed", name, None) for name in heads])
     if self.uses_rope:
       q, k = (rotate(z, sequences.cos, sequences.sin) for z in (q, k))
       if config.use_qk_norm:
         q, k = (rms_normalize(z, config.rms_norm_eps) for z in (q, k))
     elif config.attn_temperature_tuning:
       q = (q * temperature(sequences.positions, config)[:, :, None, None]).astype(q.dtype)
-    q = constrain(q, ("batch", "length", "heads", None))
-    k, v = (constrain(z, ("batch", None, "kv_heads", None)) for z in (k, v))
     return q, k, v
 
 

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from maxllama4.config import ModelConfig
-from maxllama4.kernels.grouped_matmul import grouped_matmul
+from maxllama4.config import ModelConfig, require
+from maxllama4.kernels.choice import current_choice
+from maxllama4.model.dispatch import WIDE, Exchange, apply_experts, exchange_and_apply
 from maxllama4.model.mlp import GatedMLP
-from maxllama4.sharding import MeshContext, current_mesh, weight, zeros
+from maxllama4.sharding import MeshContext, current_mesh, gather_embed, weight, zeros
 
 
 class RouterBias(nnx.Variable):
@@ -96,7 +97,7 @@ class RoutedAndSharedMoE(nnx.Module):
     """`valid` is False at padding, which is neither routed nor counted."""
     experts, scores, statistics = self.router(x, valid)
     scores = scores.astype(x.dtype)
-    gate_up, down = self.gate_up.astype(x.dtype), self.down.astype(x.dtype)
+    gate_up, down = self.gate_up.get_value(), self.down.get_value()
     context = current_mesh()
     if context is None:
       routed = route(x, experts, scores, gate_up, down)
@@ -112,19 +113,29 @@ def route(
   gate_up: Float[Array, "E D 2 F"],
   down: Float[Array, "E F D"],
 ) -> Float[Array, "B T D"]:
-  """The sum of each token's experts. Choices outside 0..E-1 (padding, other devices' experts) give zero."""
+  """The sum of each token's experts, in the dtype of `x`. Choices outside 0..E-1 (padding) give zero."""
+  gate_up, down = _flat(gate_up.astype(x.dtype)), down.astype(x.dtype)
+  return _route(
+    x, experts, scores, len(down), lambda rows, sizes: apply_experts(rows, sizes, gate_up, down)
+  )
+
+
+def _flat(gate_up: Float[Array, "E D 2 F"]) -> Float[Array, "E D W"]:
+  """Gate and up side by side."""
+  return gate_up.reshape(*gate_up.shape[:2], -1)
+
+
+def _route(x, experts, scores, num_experts: int, apply):
+  """`route` by `apply(rows, sizes)`: rows [R, D] sorted by expert, and how many each has, to rows in the same order."""
   batch, length, dim = x.shape
   choices = experts.shape[-1]
   ids = experts.reshape(-1)
   order = jnp.argsort(ids, stable=True)  # R: sorted place -> row
   inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
-  sizes = jnp.bincount(ids, length=gate_up.shape[0] + 1)[:-1]
+  sizes = jnp.bincount(ids, length=num_experts + 1)[:-1]
 
   rows = (x[:, :, None] * scores[..., None]).reshape(-1, dim)  # R D
-  rows = permute_rows(rows, order, inverse)
-  hidden = grouped_matmul(rows, gate_up.reshape(*gate_up.shape[:2], -1), sizes)
-  gate, up = jnp.split(hidden, 2, axis=-1)
-  rows = grouped_matmul(jax.nn.silu(gate) * up, down, sizes)
+  rows = apply(permute_rows(rows, order, inverse), sizes)
   return permute_rows(rows, inverse, order).reshape(batch, length, choices, dim).sum(2)
 
 
@@ -143,28 +154,27 @@ permute_rows.defvjp(
 
 
 def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
-  """`route` with experts spread over a mesh axis: gather the tokens of that axis, apply one's own experts, add up.
+  """`route` on each device's tokens; experts spread over a mesh axis get their rows from all of it (dispatch.py).
 
-  Every device of the experts' axis sees all the tokens of its group ("ring" expert parallelism): shapes are static and
-  nothing is dropped. The features of an expert may be split too; their partial sums are added.
+  The features of an expert may be split, too; their partial sums are added. Weights come in as they are stored and are
+  gathered here, in the dtype of `x`: so their gradients are scattered as they are summed, in that dtype, and no device
+  ever holds the gradient of a whole layer in float32.
   """
-  (expert_axis,) = context.axes_of("experts") or (None,)
-  sum_axes = context.axes_of("ffn")
-  gathers = expert_axis is not None and expert_axis in context.axes_of("batch")
-  local_experts = gate_up.shape[0] // context.size("experts")
+  exchange, sum_axes = _exchange(context), context.axes_of("ffn")
+  num_experts = len(gate_up)
 
   def local(x, experts, scores, gate_up, down):
-    if gathers:
-      x, experts, scores = jax.lax.all_gather((x, experts, scores), expert_axis, tiled=True)
-    if expert_axis is not None:
-      experts = experts - jax.lax.axis_index(expert_axis) * local_experts
-      experts = jnp.where((experts >= 0) & (experts < local_experts), experts, local_experts)
-    y = route(x, experts, scores, gate_up, down)
-    if sum_axes:
-      y = jax.lax.psum(y, sum_axes)
-    if gathers:
-      return jax.lax.psum_scatter(y, expert_axis, tiled=True)
-    return y if expert_axis is None else jax.lax.psum(y, expert_axis)
+    # The cast and the reshape come first: what is gathered is half as large, and laid out as the products want it.
+    gate_up = gather_embed(context, _flat(gate_up), ("experts", "embed", "ffn"), x.dtype)
+    down = gather_embed(context, down, ("experts", "ffn", "embed"), x.dtype)
+
+    def apply(rows, sizes):
+      if exchange is None:
+        return apply_experts(rows, sizes, gate_up, down)
+      return exchange_and_apply(exchange, rows, sizes, gate_up, down)
+
+    y = _route(x, experts, scores, num_experts, apply)
+    return jax.lax.psum(y, sum_axes) if sum_axes else y
 
   tokens = context.spec(("batch", "length", None))
   return jax.shard_map(
@@ -174,9 +184,33 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
       tokens,
       tokens,
       tokens,
-      context.spec(("experts", None, None, "ffn")),
-      context.spec(("experts", "ffn", None)),
+      context.spec(("experts", "embed", None, "ffn")),
+      context.spec(("experts", "ffn", "embed")),
     ),
     out_specs=tokens,
     check_vma=False,
   )(x, experts, scores, gate_up, down)
+
+
+def _exchange(context: MeshContext) -> Exchange | None:
+  """How rows get to their experts; None where every device has all experts.
+
+  Raises: ConfigError when the way that is asked for does not exist on this mesh.
+  """
+  kind, parts = current_choice().dispatch, context.size("experts")
+  axes = context.axes_of("experts")
+  spread = parts > 1 and axes[0] in context.axes_of("batch")
+  require(
+    kind != "ragged_all_to_all" or spread or parts == 1,
+    "kernels.dispatch=ragged_all_to_all sends tokens along the mesh axis that splits the experts, but"
+    f" mesh.rules.batch={list(context.axes_of('batch'))} splits no tokens over {', '.join(axes)}; add it there, or set"
+    " kernels.dispatch=auto.",
+  )
+  if parts == 1:
+    return None
+  if not spread:
+    return Exchange(axes[0], parts, "alike")
+  if kind == "auto":
+    on_tpu = context.mesh.devices.flat[0].platform == "tpu"
+    kind = "ragged_all_to_all" if on_tpu and parts >= WIDE else "ring"
+  return Exchange(axes[0], parts, kind)

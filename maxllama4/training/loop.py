@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from maxllama4.checkpoint.store import CheckpointError, CheckpointStore, gather_json
+from maxllama4.chips import peak_flops
 from maxllama4.config import Config
 from maxllama4.data.loader import make_eval_batches, make_loader, merge_states, prepare_tokenizer
 from maxllama4.hosts import start_hosts
@@ -35,7 +36,6 @@ from maxllama4.training.metrics import (
   check_wandb,
   end_events,
   memory_peaks,
-  peak_flops,
   to_plain,
   versions,
 )

@@ -1,0 +1,109 @@
+"""Grouped products on TPU by the megablox kernels of JAX, with the tiles of each of the three products of a gradient.
+
+`jax.lax.ragged_dot` compiles to a kernel, too, but its gradient with respect to the matrices multiplies every row by
+every group, and the one with respect to the rows starts by transposing the matrices in memory
+(benchmarks/results/grouped_products.json). Here both are kernels that read the matrices as they lie.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Bytes of fast memory that a kernel's tiles may take, buffers counted twice; the compiler gives a kernel 16 MiB.
+TILE_BYTES = 14 * 2**20
+SIDE = 1024  # of a tile of matrices that are read again for every tile of rows
+LANES = 128
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def megablox(
+  rows: Float[Array, "R D"],
+  matrices: Float[Array, "E D F"],
+  sizes: Int[Array, " E"],
+  interpret: bool = False,
+) -> Float[Array, "R F"]:
+  """`grouped_matmul` by Pallas kernels; `interpret` runs them anywhere, slowly."""
+  return _product(rows, matrices, sizes, False, interpret)
+
+
+def _forward(rows, matrices, sizes, interpret):
+  return megablox(rows, matrices, sizes, interpret), (rows, matrices, sizes)
+
+
+def _backward(interpret, saved, gradient):
+  rows, matrices, sizes = saved
+  to_rows = _product(gradient, matrices, sizes, True, interpret)
+  return to_rows, _outer_product(rows, gradient, matrices, sizes, interpret), None
+
+
+megablox.defvjp(_forward, _backward)
+
+
+def row_tile(num_rows: int, num_groups: int) -> int:
+  """Rows of a tile. A tile where groups meet is computed once for each, so tiles are small beside a group."""
+  mean = num_rows // num_groups
+  return next((tile for tile in (512, 256) if 4 * tile <= mean), LANES)
+
+
+def product_tiles(rows: int, contracted: int, out: int, bytes_each: int) -> tuple[int, int, int]:
+  """Tiles (rows, contracted, out) of rows @ matrix, for `rows` of a tile.
+
+  Few rows a tile: whole columns of a matrix stay in fast memory while all the rows of its group pass by. Many: a
+  square of the matrix is read again for every tile, which that many rows are worth.
+  """
+
+  def fits(side):
+    tiles = rows * contracted + contracted * side + rows * side
+    return 2 * bytes_each * tiles + 4 * rows * side <= TILE_BYTES
+
+  if rows < 512:
+    for side in (1024, 512, 256):
+      if fits(min(side, out)):
+        return rows, contracted, min(side, out)
+  return rows, min(SIDE, contracted), min(SIDE, out)
+
+
+def _padded(rows, sizes, tile):
+  """Rows padded to whole tiles; and sizes with one more group, of the rows that belong to none."""
+  padding = -rows.shape[0] % tile
+  rows = jnp.pad(rows, ((0, padding), (0, 0)))
+  rest = rows.shape[0] - sizes.sum()
+  return rows, jnp.append(sizes, rest).astype(jnp.int32)
+
+
+def _product(rows, matrices, sizes, transposed, interpret):
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+  num_rows, contracted = rows.shape
+  out = matrices.shape[1 if transposed else 2]
+  tile = row_tile(num_rows, sizes.size)
+  rows, sizes = _padded(rows, sizes, tile)
+  tiles = product_tiles(tile, contracted, out, rows.dtype.itemsize)
+  # One group more than there are matrices: the kernel's caller then sets the rows of that group to zero.
+  product = gmm(
+    rows, matrices, sizes, rows.dtype, tiles, transpose_rhs=transposed, interpret=interpret
+  )
+  return product[:num_rows]
+
+
+def _outer_product(rows, gradient, matrices, sizes, interpret):
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+  groups, dim, features = matrices.shape
+  tile = row_tile(rows.shape[0], groups)
+  gradient, _ = _padded(gradient, sizes, tile)
+  rows, sizes = _padded(rows, sizes, tile)
+  side = SIDE // max(1, math.isqrt(rows.dtype.itemsize // 2))
+  tiles = (tile, min(side, dim), min(side, features))
+  return tgmm(
+    rows.swapaxes(0, 1),
+    gradient,
+    sizes,
+    matrices.dtype,
+    tiles,
+    num_actual_groups=groups,
+    interpret=interpret,
+  )

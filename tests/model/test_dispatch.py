@@ -1,0 +1,112 @@
+"""Experts spread over devices: the values and gradients of one device, for every way of moving rows and every mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config, tiny_run
+
+from maxllama4.config import ConfigError, MeshConfig
+from maxllama4.kernels.choice import Choice, use_kernels
+from maxllama4.mesh import build_mesh
+from maxllama4.model import dispatch
+from maxllama4.model.moe import _route_on_mesh, route
+from maxllama4.sharding import MeshContext, use_mesh
+
+E, D, F, B, T, C = 8, 16, 8, 8, 6, 2
+KINDS = ("ring", "ragged_all_to_all")
+# How tokens choose: at random; all the same two; nobody chooses the experts of the first half; some tokens are padding.
+SPREADS = ("random", "skewed", "half empty", "padding")
+MESHES = {
+  "data and experts": {"data": 2, "fsdp": 1, "expert": 4},
+  "experts alone": {"fsdp": 1, "expert": 8},
+  "weights and experts": {"fsdp": 2, "expert": 2, "tensor": 2},
+  "length and experts": {"fsdp": 1, "expert": 4, "context": 2},
+  "no experts": {"data": 2, "fsdp": 2, "tensor": 2},
+  "tokens not split": {"fsdp": 2, "expert": 4, "rules": {"batch": ("data", "fsdp")}},
+}
+
+
+def choices_of(spread: str) -> np.ndarray:
+  rng = np.random.default_rng(0)
+  logits = rng.standard_normal((B, T, E))
+  if spread == "skewed":
+    logits[..., [2, 5]] += 100
+  if spread == "half empty":
+    logits[..., : E // 2] -= 100
+  experts = np.argsort(-logits, axis=-1)[..., :C].astype(np.int32)
+  if spread == "padding":
+    experts[rng.random((B, T)) < 0.4] = E
+  return experts
+
+
+@functools.cache
+def arrays():
+  keys = jax.random.split(jax.random.key(0), 5)
+  shapes = ((B, T, D), (B, T, C), (E, D, 2, F), (E, F, D), (B, T, D))
+  return [0.3 * jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+
+
+def gradients(routing):
+  """A function of the choices: the layer's output, and its gradients by tokens, scores and weights."""
+
+  def run(experts, x, scores, gate_up, down, direction):
+    y, pull = jax.vjp(
+      lambda *inputs: routing(inputs[0], experts, *inputs[1:]), x, scores, gate_up, down
+    )
+    return y, *pull(direction)
+
+  return jax.jit(run)
+
+
+@functools.cache
+def expected(spread: str):
+  return _expected()(choices_of(spread), *arrays())
+
+
+@functools.cache
+def _expected():
+  return gradients(route)
+
+
+@functools.cache
+def on_mesh(mesh: str, kind: str):
+  rules = MeshConfig(**MESHES[mesh])
+  model = tiny_config(num_local_experts=E, hidden_size=D, intermediate_size=F)
+  context = MeshContext(build_mesh(tiny_run(model, mesh=rules, sequence_length=T)), rules)
+
+  def routing(*inputs):
+    with use_kernels(Choice(dispatch=kind)):
+      return _route_on_mesh(context, *inputs)
+
+  return gradients(routing)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize(
+  ("mesh", "kind"),
+  [(mesh, "ring") for mesh in MESHES] + [(mesh, "ragged_all_to_all") for mesh in list(MESHES)[:4]],
+)
+def test_values_and_gradients_are_those_of_one_device(mesh, kind, spread):
+  found = on_mesh(mesh, kind)(choices_of(spread), *arrays())
+  for one, other in zip(found, expected(spread), strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+  unchosen = np.bincount(choices_of(spread).ravel(), minlength=E + 1)[:E] == 0
+  for gradient in found[3:]:
+    assert np.all(np.asarray(gradient)[unchosen] == 0)
+
+
+def test_a_block_holds_a_quarter_more_than_an_even_share_and_never_more_than_all_rows():
+  assert dispatch.Exchange("expert", 16, "ring").block(8192) == 10240
+  assert dispatch.Exchange("expert", 2, "ragged_all_to_all").block(4) == 8
+  assert dispatch.Exchange("expert", 4, "alike").block(8192) == 2560
+
+
+def test_sending_to_addresses_is_refused_where_devices_have_the_same_tokens():
+  rules = MeshConfig(**MESHES["tokens not split"])
+  context = MeshContext(build_mesh(tiny_run(tiny_config(), mesh=rules)), rules)
+  with use_kernels(Choice(dispatch="ragged_all_to_all")), pytest.raises(ConfigError) as error:
+    _route_on_mesh(context, *arrays()[:1], choices_of("random"), *arrays()[1:4])
+  assert "kernels.dispatch=ragged_all_to_all" in str(error.value)
