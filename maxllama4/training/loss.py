@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Int
 from maxllama4.model.embeddings import logits_of
 from maxllama4.sharding import MeshContext, current_mesh
 
+LANES = 128  # of a TPU
+NO_TOKEN = -1  # what a column that only fills up stands for
 Sums = tuple[Float[Array, ""], Float[Array, ""]]
 
 
@@ -102,6 +104,7 @@ class _Axes:
   tokens: tuple[str, ...] = ()
   embed: tuple[str, ...] = ()
   vocab: tuple[str, ...] = ()
+  phases: dict[str, list] = dataclasses.field(default_factory=dict)  # `scatter_phases` of each
 
   @classmethod
   def of(cls, context: MeshContext) -> "_Axes":
@@ -109,7 +112,9 @@ class _Axes:
       axes = [axis for name in names for axis in context.axes_of(name)]
       return tuple(axis for axis in axes if context.mesh.shape[axis] > 1)
 
-    return cls(long("batch", "length"), long("embed"), long("vocab"))
+    tokens, embed, vocab = long("batch", "length"), long("embed"), long("vocab")
+    phases = {axis: context.scatter_phases(axis) for axis in embed + vocab}
+    return cls(tokens, embed, vocab, phases)
 
   @property
   def _split_columns(self) -> tuple[str, ...]:
@@ -125,26 +130,51 @@ class _Axes:
     head, width = head.astype(dtype), head.shape[1]
     start = jax.lax.axis_index(self.vocab) * width if self.vocab else 0
     columns = start + jnp.arange(width)
-    if self.embed:
-      head = jax.lax.all_gather(head, self.embed, axis=0, tiled=True)
-    if self._gathered_columns:
-      head = jax.lax.all_gather(head, self._gathered_columns, axis=1, tiled=True)
-      columns = jax.lax.all_gather(columns, self._gathered_columns, tiled=True)
-    return head, columns
+    if self._pads_columns:
+      padding = -width % LANES
+      head = jnp.pad(head, ((0, 0), (0, padding)))
+      columns = jnp.pad(columns, (0, padding), constant_values=NO_TOKEN)
+    head = self._gather(head, self.embed, 0)
+    head = self._gather(head, self._gathered_columns, 1)
+    return head, self._gather(columns, self._gathered_columns, 0)
+
+  @property
+  def _pads_columns(self) -> bool:
+    """Whether the head's gradient is scattered over its rows.
+
+    The vocabulary of the released models is no multiple of a TPU's lanes. XLA does not scatter the sum of such an array:
+    it sums all of it on every chip, which sends twice the bytes. So the columns are filled up to whole lanes, and sent
+    as a third dimension.
+    """
+    return bool(self.embed) and not self._gathered_columns
+
+  def _gather(self, x, axes, dim):
+    for axis in reversed(axes):
+      for groups in reversed(self.phases[axis]):
+        x = jax.lax.all_gather(x, axis, axis=dim, axis_index_groups=groups, tiled=True)
+    return x
 
   def scattered(self, gradient, head, dtype):
     """This device's part of the sum over all tokens of the gradient of the gathered head; what is sent is in `dtype`."""
-    gradient = gradient.astype(dtype) if self.tokens else gradient
+    if self.tokens:
+      gradient = gradient.astype(dtype)
+    if self._pads_columns:
+      gradient = gradient.reshape(len(gradient), -1, LANES)
     for dim, axes in ((1, self._gathered_columns), (0, self.embed)):
       for axis in axes:
         if axis in self.tokens:
-          gradient = jax.lax.psum_scatter(gradient, axis, scatter_dimension=dim, tiled=True)
+          for groups in self.phases[axis]:
+            gradient = jax.lax.psum_scatter(
+              gradient, axis, scatter_dimension=dim, axis_index_groups=groups, tiled=True
+            )
         else:  # all devices along it have the same gradient
           size = gradient.shape[dim] // jax.lax.axis_size(axis)
           start = jax.lax.axis_index(axis) * size
           gradient = jax.lax.dynamic_slice_in_dim(gradient, start, size, dim)
     copies = tuple(axis for axis in self.tokens if axis not in self.embed + self.vocab)
     gradient = jax.lax.psum(gradient, copies) if copies else gradient
+    if self._pads_columns:
+      gradient = gradient.reshape(len(gradient), -1)[:, : head.shape[1]]
     return gradient.astype(head.dtype)
 
   def summed(self, sums):
@@ -181,7 +211,7 @@ def _on_mesh(local, outputs):
 def _chunk_terms(axes, head, columns, chunk, z_loss):
   """Logits (of this device's columns) and logsumexp (of all) of one chunk, and its two sums."""
   rows, targets, weights = chunk
-  logits = logits_of(rows, head)
+  logits = jnp.where(columns == NO_TOKEN, -jnp.inf, logits_of(rows, head))
   largest = axes.largest_over_columns(logits.max(axis=-1))
   # By a masked sum, for the target's column may be another device's.
   of_target = jnp.where(columns == targets[..., None], logits, 0).sum(axis=-1)
