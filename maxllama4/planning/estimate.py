@@ -343,7 +343,9 @@ def _weight_collectives(wire: _Wire, array: Array, gathers: int) -> None:
   rest = set(share.token_axes) - set(share.axes(*array.axes))
   if rest:
     rest = tuple(axis for axis in share.token_axes if axis in rest)
-    wire.add("all-reduce", rest, whole / share.parts("embed") if over else whole, dtype, count, True)
+    wire.add(
+      "all-reduce", rest, whole / share.parts("embed") if over else whole, dtype, count, True
+    )
 
 
 def _activation_collectives(wire: _Wire, group: Layers) -> None:

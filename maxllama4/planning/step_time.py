@@ -15,8 +15,12 @@ from maxllama4.planning.hlo import Collective
 # Achieved rates over those of the data sheet, and how much of the time that a chip computes or moves its memory can hide
 # transfers that were started early.
 MATMUL_FRACTION = 0.80  # large dense products
-GROUPED_FRACTION = 0.65  # products of routed experts: groups end inside tiles, and rows are read out of order
-ATTENTION_FRACTION = 0.50  # attention's kernels: softmax runs beside products of only `head_dim` terms
+GROUPED_FRACTION = (
+  0.65  # products of routed experts: groups end inside tiles, and rows are read out of order
+)
+ATTENTION_FRACTION = (
+  0.50  # attention's kernels: softmax runs beside products of only `head_dim` terms
+)
 HBM_FRACTION = 0.80
 ICI_FRACTION = 0.80
 DCN_FRACTION = 0.80
