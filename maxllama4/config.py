@@ -39,6 +39,8 @@ from maxllama4.settings import (
   to_plain,
 )
 
+GROUPED_MATMULS = ("auto", "megablox", "ragged_dot", "tokamax", "blockwise")
+EXPERTS_DISPATCHES = ("auto", "ring", "ragged_all_to_all")
 REMAT_POLICIES = ("none", "full", "matmuls", "attention")
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 # Which mesh axes each logical axis is split over, unless `mesh.rules` says otherwise.
@@ -228,6 +230,22 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+  """How layers compute what they can compute in several ways. `auto` goes by the devices and the shapes."""
+
+  grouped_matmul: str = "auto"  # the experts' products: megablox, ragged_dot, tokamax or blockwise
+  experts_dispatch: str = "auto"  # rows to their experts: ring, or ragged_all_to_all
+  expert_capacity_factor: float = (
+    0.0  # of an even share, what an expert takes of a row of tokens; 0: all
+  )
+
+  def __post_init__(self):
+    one_of("kernels.grouped_matmul", self.grouped_matmul, GROUPED_MATMULS)
+    one_of("kernels.experts_dispatch", self.experts_dispatch, EXPERTS_DISPATCHES)
+    not_negative("kernels", self, "expert_capacity_factor")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
   """AdamW (or Muon for matrices), its schedule and clipping."""
 
@@ -354,6 +372,7 @@ class Config:
   data: DataConfig
   training: TrainingConfig
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  kernels: KernelsConfig = dataclasses.field(default_factory=KernelsConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
   distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)

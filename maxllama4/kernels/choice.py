@@ -1,4 +1,7 @@
-"""Which kernels the layers that are traced inside a block of code use: a setting of the run that layers do not see."""
+"""Which kernels layers use, where there are several: a setting of the run, which layers do not see.
+
+What is traced inside `use_kernels`, gradients included, goes by its choice.
+"""
 
 import contextlib
 import contextvars
@@ -12,16 +15,19 @@ class Choice:
 
   attention: str = "auto"
   grouped_matmul: str = "auto"  # one of grouped_matmul.KINDS
-  dispatch: str = "auto"  # how rows get to the devices of their experts: ring, ragged_all_to_all
+  experts_dispatch: str = (
+    "auto"  # how rows get to the devices of their experts; see model/dispatch.py
+  )
   expert_capacity_factor: float = 0.0  # 0: no row is dropped
 
 
-_CHOICE: contextvars.ContextVar[Choice] = contextvars.ContextVar("kernels", default=Choice())
+_AUTO = Choice()
+_CHOICE: contextvars.ContextVar[Choice] = contextvars.ContextVar("kernels", default=_AUTO)
 
 
 @contextlib.contextmanager
 def use_kernels(choice: Choice) -> Iterator[None]:
-  """Layers traced inside go by `choice`."""
+  """Layers traced inside go by `choice`. Also a decorator of what traces them."""
   token = _CHOICE.set(choice)
   try:
     yield

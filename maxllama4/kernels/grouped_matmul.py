@@ -20,13 +20,8 @@ BLOCKS = (512, 320, 192, 128, 72, 40)
 FEW_ROWS = 32
 
 
-# By name, each with the platforms that it runs on.
-KINDS = {
-  "blockwise": ("cpu", "tpu", "cuda", "rocm"),
-  "ragged_dot": ("cpu", "tpu", "cuda", "rocm"),
-  "megablox": ("tpu",),
-  "tokamax": ("tpu", "cuda"),
-}
+# Kinds that do not run everywhere, with the platforms that they run on.
+PLATFORMS = {"megablox": ("tpu",), "tokamax": ("tpu", "gpu")}
 
 
 def grouped_matmul(
@@ -50,9 +45,12 @@ def automatic(platform: str, shape: tuple[int, int, int]) -> str:
   """The kind that `auto` stands for, for matrices [E, D, F] of `shape`; reasons in docs/decisions/0006."""
   if platform == "tpu":
     return "megablox" if all(size % LANES == 0 for size in shape[1:]) else "ragged_dot"
-  if platform == "cuda" and importlib.util.find_spec("tokamax") is not None:
-    return "tokamax"
-  return "blockwise"
+  return "tokamax" if platform == "cuda" and has_tokamax() else "blockwise"
+
+
+def has_tokamax() -> bool:
+  """Whether the library is installed."""
+  return importlib.util.find_spec("tokamax") is not None
 
 
 def _product_by(kind: str):

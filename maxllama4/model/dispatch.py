@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int
 
 from maxllama4.kernels.grouped_matmul import grouped_matmul
 
-KINDS = ("auto", "ring", "ragged_all_to_all")
 # Rows of a block over those that a device gets when all experts are chosen alike.
 SLACK = 1.25
 # From so many devices on, moving a row to all of them costs more than sorting out where it has to go.

@@ -5,6 +5,7 @@ scores of several experts do not compete.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from maxllama4.config import ModelConfig, require
 from maxllama4.kernels.choice import current_choice
+from maxllama4.kernels.grouped_matmul import PLATFORMS, has_tokamax
 from maxllama4.model.dispatch import WIDE, Exchange, apply_experts, exchange_and_apply
 from maxllama4.model.mlp import GatedMLP
-from maxllama4.sharding import MeshContext, current_mesh, gather_embed, weight, zeros
+from maxllama4.sharding import (
+  MeshContext,
+  current_mesh,
+  current_platform,
+  gather_embed,
+  weight,
+  zeros,
+)
 
 
 class RouterBias(nnx.Variable):
@@ -55,7 +64,29 @@ class Router(nnx.Module):
     experts = jax.lax.top_k(biased, self.choices)[1]
     scores = jax.nn.sigmoid(jnp.take_along_axis(logits, experts, axis=-1))
     experts = jnp.where(valid[..., None], experts, logits.shape[-1])
-    return experts, scores, router_statistics(logits, experts, valid)
+    statistics = router_statistics(logits, experts, valid)
+    factor = current_choice().expert_capacity_factor
+    if factor > 0:
+      experts, load = drop_beyond_capacity(experts, logits.shape[-1], factor)
+      statistics = dataclasses.replace(statistics, load=load)
+    return experts, scores, statistics
+
+
+def drop_beyond_capacity(
+  experts: Int[Array, "B T C"], num_experts: int, factor: float
+) -> tuple[Int[Array, "B T C"], Float[Array, " E"]]:
+  """Choices, E where the expert is full already, and how many each expert got.
+
+  Of each row of the batch an expert takes the first `factor` times an even share: what is dropped depends neither on the
+  mesh nor on the other rows. Source: Switch Transformer, arXiv:2101.03961, equation 3.
+  """
+  batch, length, choices = experts.shape
+  capacity = math.ceil(factor * length * choices / num_experts)
+  ids = experts.reshape(batch, -1)
+  chosen = jax.nn.one_hot(ids, num_experts, dtype=jnp.int32)  # B R E
+  kept = chosen * (jnp.cumsum(chosen, 1) <= capacity)
+  ids = jnp.where(kept.any(-1), ids, num_experts)
+  return ids.reshape(experts.shape), kept.sum((0, 1)).astype(jnp.float32)
 
 
 def router_statistics(
@@ -99,6 +130,7 @@ class RoutedAndSharedMoE(nnx.Module):
     scores = scores.astype(x.dtype)
     gate_up, down = self.gate_up.get_value(), self.down.get_value()
     context = current_mesh()
+    _check_products()
     if context is None:
       routed = route(x, experts, scores, gate_up, down)
     else:
@@ -192,25 +224,41 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
   )(x, experts, scores, gate_up, down)
 
 
+def _check_products() -> None:
+  """Raises: ConfigError when the products that are asked for do not run here."""
+  kind, platform = current_choice().grouped_matmul, current_platform() or jax.default_backend()
+  platforms = PLATFORMS.get(kind, (platform,))
+  require(
+    platform in platforms,
+    f"kernels.grouped_matmul={kind} runs on {' and '.join(platforms)} alone, and these devices are {platform}; set"
+    " kernels.grouped_matmul=auto.",
+  )
+  require(
+    kind != "tokamax" or has_tokamax(),
+    "kernels.grouped_matmul=tokamax needs the package tokamax, which is not installed; install it, or set"
+    " kernels.grouped_matmul=auto.",
+  )
+
+
 def _exchange(context: MeshContext) -> Exchange | None:
   """How rows get to their experts; None where every device has all experts.
 
   Raises: ConfigError when the way that is asked for does not exist on this mesh.
   """
-  kind, parts = current_choice().dispatch, context.size("experts")
+  kind, parts = current_choice().experts_dispatch, context.size("experts")
   axes = context.axes_of("experts")
   spread = parts > 1 and axes[0] in context.axes_of("batch")
   require(
     kind != "ragged_all_to_all" or spread or parts == 1,
-    "kernels.dispatch=ragged_all_to_all sends tokens along the mesh axis that splits the experts, but"
+    "kernels.experts_dispatch=ragged_all_to_all sends tokens along the mesh axis that splits the experts, but"
     f" mesh.rules.batch={list(context.axes_of('batch'))} splits no tokens over {', '.join(axes)}; add it there, or set"
-    " kernels.dispatch=auto.",
+    " kernels.experts_dispatch=auto.",
   )
   if parts == 1:
     return None
   if not spread:
     return Exchange(axes[0], parts, "alike")
   if kind == "auto":
-    on_tpu = context.mesh.devices.flat[0].platform == "tpu"
+    on_tpu = current_platform() == "tpu"
     kind = "ragged_all_to_all" if on_tpu and parts >= WIDE else "ring"
   return Exchange(axes[0], parts, kind)

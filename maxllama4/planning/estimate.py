@@ -4,6 +4,7 @@ Nothing is compiled: a mesh costs microseconds, so that a search can try thousan
 compile.py then confirms; benchmarks/plan_estimates.py compares both. Everything is per device and step.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from maxllama4.config import Config, LayerKind, ModelConfig, OptimizerConfig
+from maxllama4.model.dispatch import WIDE
 from maxllama4.model.llama4 import train_flops_per_token
 from maxllama4.model.weights import ModelTemplate, is_stacked
 from maxllama4.planning.chips import Topology
@@ -72,10 +74,11 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-  """Layers that are alike: their kind, how many there are, and the arrays of one."""
+  """Layers that are alike: their kind, how many there are, whether they are scanned, and the arrays of one."""
 
   kind: LayerKind
   count: int
+  is_scanned: bool
   arrays: tuple[Array, ...]
 
 
@@ -110,13 +113,19 @@ def structure_of(model: ModelConfig, frozen: tuple[str, ...]) -> Structure:
     groups.setdefault(key, []).append(array)
   others = tuple(groups.pop("", ()))
   period = model.inhomogeneous_layer_cycle_interval
-  layers = []
+  layers = {}
   for key, arrays in groups.items():
     _, part, _, place = key.split("/")
     first = 0 if part == "cycles" else model.num_cycles * period
-    kind = model.layer_kinds[first + int(place)]
-    layers.append(Layers(kind, arrays[0].copies, tuple(arrays)))
-  return Structure(tuple(layers), others)
+    kind, is_scanned = model.layer_kinds[first + int(place)], part == "cycles"
+    layers.setdefault((kind, is_scanned), []).append(arrays)
+  return Structure(tuple(_alike(*key, stacks) for key, stacks in layers.items()), others)
+
+
+def _alike(kind: LayerKind, is_scanned: bool, stacks: list[list[Array]]) -> Layers:
+  count = sum(arrays[0].copies for arrays in stacks)
+  arrays = (dataclasses.replace(array, copies=count) for array in stacks[0])
+  return Layers(kind, count, is_scanned, tuple(arrays))
 
 
 @functools.lru_cache(maxsize=16)
@@ -142,6 +151,8 @@ class Share:
   def __init__(self, config: Config, sizes: Mapping[str, int]):
     self.config, self.model, self.training = config, config.model, config.training
     self.sizes = sizes
+    self._axes: dict[tuple, tuple[str, ...]] = {}
+    self._parts: dict[tuple, int] = {}
     self.itemsize = jnp.dtype(config.model.dtype).itemsize
     self.microbatches = config.training.gradient_accumulation
     rows = config.training.batch_size // self.microbatches / self.parts("batch")
@@ -151,17 +162,26 @@ class Share:
     self.token_axes = self.axes("batch", "length")
     expert = self.axes("experts")
     # Ring expert parallelism: tokens of the whole group meet every device's experts.
-    self.expert_group = (
-      math.prod(sizes[a] for a in expert) if set(expert) <= set(self.token_axes) else 1
-    )
+    spread = set(expert) <= set(self.token_axes)
+    self.expert_group = math.prod(sizes[axis] for axis in expert) if spread else 1
+    # As model/moe.py chooses on a TPU.
+    self.dispatch = "alike"
+    if spread:
+      wide = "ragged_all_to_all" if self.expert_group >= WIDE else "ring"
+      kind = config.kernels.experts_dispatch
+      self.dispatch = wide if kind == "auto" else kind
 
   def axes(self, *logical: str | None) -> tuple[str, ...]:
     """Mesh axes longer than 1 that split these logical axes."""
-    axes = (axis for name in logical if name for axis in self.config.mesh.axes_of(name))
-    return tuple(axis for axis in axes if self.sizes[axis] > 1)
+    if logical not in self._axes:
+      axes = (axis for name in logical if name for axis in self.config.mesh.axes_of(name))
+      self._axes[logical] = tuple(axis for axis in axes if self.sizes[axis] > 1)
+    return self._axes[logical]
 
   def parts(self, *logical: str | None) -> int:
-    return math.prod(self.sizes[axis] for axis in self.axes(*logical))
+    if logical not in self._parts:
+      self._parts[logical] = math.prod(self.sizes[axis] for axis in self.axes(*logical))
+    return self._parts[logical]
 
   def stored(self, array: Array) -> int:
     """Elements of `array`, all its copies, that a device keeps."""
@@ -172,7 +192,13 @@ class Share:
     return array.size // self.parts(*(name for name in array.axes if name != "embed"))
 
 
-def estimate(config: Config, topology: Topology, sizes: dict[str, int]) -> Estimate:
+def peak_hbm_bytes(config: Config, sizes: Mapping[str, int]) -> int:
+  """`Estimate.peak_hbm_bytes` alone."""
+  share = Share(config, sizes)
+  return sum(_memory(share, structure_of(config.model, config.training.frozen))[0].values())
+
+
+def estimate(config: Config, topology: Topology, sizes: Mapping[str, int]) -> Estimate:
   """The step of `config` on a mesh of whole axes `sizes` over `topology`."""
   del topology  # what is done does not depend on where; only its time does
   share = Share(config, sizes)
@@ -196,6 +222,12 @@ def estimate(config: Config, topology: Topology, sizes: dict[str, int]) -> Estim
 # Work
 
 
+@functools.lru_cache(maxsize=16)
+def kinds_of(model: ModelConfig) -> Mapping[LayerKind, int]:
+  """How many layers there are of each kind."""
+  return collections.Counter(model.layer_kinds)
+
+
 def keys_per_query(model: ModelConfig, kind: LayerKind, length: int) -> float:
   """Keys that a query meets on average in attention's kernels, whole blocks counted."""
   chunk = model.attention_chunk_size if kind.uses_rope else None
@@ -216,29 +248,33 @@ def _flops(share: Share) -> dict[str, float]:
   dim = model.hidden_size
   tokens = share.tokens * share.microbatches
   heads = share.parts("heads")
-  # The forward pass, its recomputation, and two products of the backward pass for each of the forward's.
+  # The forward pass, its recomputation, and two products of the backward pass for each of the forward's. What a layer's
+  # last product gives is not needed again, so of three matrices two are recomputed.
   passes = 3 if remat in ("none", "matmuls") else 4
-  grouped_passes = 3 if remat == "none" else 4
+  mlp_passes = 3 if remat in ("none", "matmuls") else 3 + 2 / 3
+  exchanged = share.parts("experts") > 1  # recomputes by itself
+  grouped_passes = 3 if remat == "none" and not exchanged else 3 + 2 / 3
   attention_products = FORWARD_PRODUCTS + BACKWARD_PRODUCTS
   attention_products += 0 if remat in ("none", "attention") else FORWARD_PRODUCTS
   projections = model.head_dim * (
     2 * model.num_attention_heads / heads + 2 * model.num_key_value_heads / share.parts("kv_heads")
   )
   dense = grouped = attention = 0.0
-  for kind in model.layer_kinds:
-    dense += passes * 2 * tokens * dim * projections
+  for kind, layers in kinds_of(model).items():
+    dense += layers * passes * 2 * tokens * dim * projections
     keys = keys_per_query(model, kind, share.training.sequence_length)
-    attention += (
-      attention_products * 2 * tokens * keys * model.num_attention_heads / heads * model.head_dim
-    )
+    products = layers * attention_products * 2 * tokens * keys
+    attention += products * model.num_attention_heads / heads * model.head_dim
     if kind.is_moe:
       features = 3 * model.intermediate_size / share.parts("ffn")
-      dense += passes * 2 * tokens * dim * (features + model.num_local_experts)
+      dense += layers * 2 * tokens * dim * mlp_passes * features
+      dense += layers * 2 * tokens * dim * passes * model.num_local_experts
       # A group's tokens are shared out among its devices' experts.
       rows = tokens * model.num_experts_per_tok * share.expert_group / share.parts("experts")
-      grouped += grouped_passes * 2 * rows * dim * features
+      grouped += layers * grouped_passes * 2 * rows * dim * features
     else:
-      dense += passes * 2 * tokens * dim * 3 * model.intermediate_size_mlp / share.parts("ffn")
+      features = 3 * model.intermediate_size_mlp / share.parts("ffn")
+      dense += layers * 2 * tokens * dim * mlp_passes * features
   dense += 3 * 2 * tokens * dim * model.vocab_size / share.parts("vocab")  # computed once
   return {"dense": dense, "grouped": grouped, "attention": attention}
 
@@ -257,14 +293,14 @@ def _traffic(share: Share, structure: Structure) -> float:
     + 2 * model.num_key_value_heads / share.parts("kv_heads")
   )
   bytes_ = 0.0
-  for kind in model.layer_kinds:
+  for kind, layers in kinds_of(model).items():
     widths = 6 * model.hidden_size + 4 * heads  # two norms, two sums; rotation, layout of heads
     if kind.is_moe:
       rows = model.num_experts_per_tok * share.expert_group
       # Scores times rows, sorting, and sorting back; SwiGLU between kernels, which no product takes in.
       widths += rows * (6 * model.hidden_size)
       widths += rows * 3 * model.intermediate_size / share.parts("ffn", "experts")
-    bytes_ += repeats * tokens * widths * size
+    bytes_ += layers * repeats * tokens * widths * size
   # Gathered weights are written once each time, gradients written and read; the optimizer reads and writes its state.
   for array in structure.arrays:
     gathers = 3 if array.axes and "embed" in array.axes else 0
@@ -278,7 +314,68 @@ def _traffic(share: Share, structure: Structure) -> float:
 
 
 def _memory(share: Share, structure: Structure) -> tuple[dict[str, int], int]:
-  return {}, 0
+  """Bytes at the peak: the state, and the larger of what the loss and the backward pass through the layers need."""
+  arrays, size = structure.arrays, share.itemsize
+  parameters = sum(share.stored(array) * array.itemsize for array in arrays)
+  state = optimizer_arrays(share.model, share.training.frozen, share.config.optimizer)
+  optimizer = sum(bytes_ // share.parts(*axes) for bytes_, axes in state)
+  gradients = sum(share.stored(array) * array.itemsize for array in arrays if array.is_trained)
+  sums = gradients if share.microbatches > 1 else 0  # of the microbatches before
+  kept = sum(group.count * _kept_by_layer(share, group.kind) for group in structure.layers)
+  # Stacked weights are cast before the loop over the layers, all at once.
+  scanned = (group for group in structure.layers if group.is_scanned)
+  stacked = (array for group in scanned for array in group.arrays)
+  cast = sum(share.stored(array) * size for array in stacked if array.itemsize != size)
+  loss = _loss_bytes(share)
+  layer = max(_layer_bytes(share, group) for group in structure.layers)
+  phases = [
+    {"gradients": sums, "activations": kept, "scratch": cast + loss},
+    {"gradients": sums + gradients, "activations": kept, "scratch": cast + layer},
+  ]
+  peak = max(phases, key=lambda phase: sum(phase.values()))
+  hbm = {"parameters": parameters, "optimizer": optimizer} | peak
+  return {name: round(bytes_) for name, bytes_ in hbm.items()}, 0
+
+
+def _kept_by_layer(share: Share, kind: LayerKind) -> float:
+  """Bytes that a layer keeps for its backward pass."""
+  model, remat = share.model, share.training.remat
+  queries = model.num_attention_heads * model.head_dim / share.parts("heads")
+  keys = model.num_key_value_heads * model.head_dim / share.parts("kv_heads")
+  width = model.hidden_size  # the layer's input
+  features = model.intermediate_size if kind.is_moe else model.intermediate_size_mlp
+  features /= share.parts("ffn")
+  if remat == "matmuls":
+    width += queries + 2 * keys + 2 * model.hidden_size + 2 * features
+  if remat == "attention":
+    width += queries
+  if remat == "none":
+    width += 6 * model.hidden_size + 3 * (queries + 2 * keys) + 4 * features
+    if kind.is_moe:
+      rows = model.num_experts_per_tok
+      width += rows * (3 * model.hidden_size + 4 * features)
+  return share.tokens * width * share.itemsize
+
+
+def _loss_bytes(share: Share) -> float:
+  """The head, gathered, its gradient in float32 and in transit, and two chunks' logits."""
+  model, size = share.model, share.itemsize
+  vocab = model.vocab_size / share.parts("vocab")
+  chunk = min(share.tokens, share.training.loss_chunk)
+  head = model.hidden_size * vocab
+  return head * (4 + size) + 2 * chunk * vocab * 4 + 2 * share.tokens * model.hidden_size * size
+
+
+def _layer_bytes(share: Share, group: Layers) -> float:
+  """What the backward pass through one layer has in use at once."""
+  model, size = share.model, share.itemsize
+  weights = sorted((share.gathered(a) * size for a in group.arrays), reverse=True)
+  # All weights gathered, and the gradient of the largest, whole, before it is scattered.
+  scratch = sum(weights) + weights[0]
+  width = 8 * model.hidden_size
+  if group.kind.is_moe:
+    width += model.num_experts_per_tok * 6 * model.intermediate_size / share.parts("ffn")
+  return scratch + share.tokens * width * size
 
 
 # Collectives
@@ -298,12 +395,12 @@ class _Wire:
     size = jnp.dtype(dtype).itemsize
     slices = math.prod(self.share.config.mesh.slices_along(axis) for axis in axes)
     inside = math.prod(self.share.sizes[axis] for axis in axes) // slices
-    passes = 2 if kind == "all-reduce" else 1
     for number, is_dcn, whole in ((inside, False, elements), (slices, True, elements / inside)):
       if number > 1:
         entry = self.sums.setdefault((kind, axes, dtype, early, is_dcn), [0, 0])
         entry[0] += count
-        entry[1] += count * passes * whole * size * (number - 1) / number
+        parts = {"all-reduce": 2 * (number - 1), "collective-permute": number}.get(kind, number - 1)
+        entry[1] += count * whole * size * parts / number
 
   @property
   def collectives(self) -> list[Collective]:
@@ -362,21 +459,35 @@ def _activation_collectives(wire: _Wire, group: Layers) -> None:
       wire.add("all-reduce", axes, sums * stream, dtype, (again + 1) * count, False)
   experts = share.axes("experts")
   if group.kind.is_moe and experts:
-    whole = stream * share.expert_group
-    if share.expert_group > 1:
-      wire.add("all-gather", experts, whole, dtype, (forwards + 1) * count, False)
+    rows = stream * model.num_experts_per_tok
+    dispatch = share.dispatch
+    if (
+      dispatch == "ring"
+    ):  # rows, and backward rows and gradients; their experts' results, and gradients of rows
+      whole = rows * share.expert_group
+      wire.add("all-gather", experts, whole, dtype, 3 * count, False)
       wire.add("reduce-scatter", experts, whole, dtype, 2 * count, False)
+    elif dispatch == "ragged_all_to_all":
+      wire.add("ragged-all-to-all", experts, rows, dtype, 5 * count, False)
     else:
-      wire.add("all-reduce", experts, stream, dtype, 2 * count, False)
+      wire.add("all-reduce", experts, rows, dtype, 2 * count, False)
   length = share.axes("length")
-  if length and not _chunks_stay(share, group.kind):
+  seen = _keys_of_others(share, group.kind)
+  if length and seen:
     heads = 2 * model.num_key_value_heads * model.head_dim / share.parts("kv_heads")
-    whole = share.rows * share.training.sequence_length * heads
-    wire.add("all-gather", length, whole, dtype, forwards * count, False)
-    wire.add("reduce-scatter", length, whole, dtype, count, False)
+    if seen == share.training.sequence_length:
+      wire.add("all-gather", length, share.rows * seen * heads, dtype, forwards * count, False)
+      wire.add("reduce-scatter", length, share.rows * seen * heads, dtype, count, False)
+    else:
+      part = share.rows * seen * heads
+      wire.add("collective-permute", length, part, dtype, (forwards + 1) * count, False)
 
 
-def _chunks_stay(share: Share, kind: LayerKind) -> bool:
-  """Whether no query of a device sees a key of another: its part of a row is a whole number of chunks."""
+def _keys_of_others(share: Share, kind: LayerKind) -> int:
+  """Keys of a row that a device needs besides those of its own part; with all, its own are counted."""
   chunk = share.model.attention_chunk_size if kind.uses_rope else None
-  return chunk is not None and share.length % chunk == 0
+  if chunk is None or chunk > share.length:
+    return share.training.sequence_length
+  # Where documents are packed, a chunk may begin in the part before.
+  is_whole = share.config.data.source == "synthetic" and share.length % chunk == 0
+  return 0 if is_whole else chunk

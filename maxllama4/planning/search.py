@@ -16,7 +16,7 @@ from maxllama4.config import (
   require,
 )
 from maxllama4.planning.chips import Topology
-from maxllama4.planning.estimate import Estimate, estimate
+from maxllama4.planning.estimate import Estimate, estimate, peak_hbm_bytes
 from maxllama4.planning.step_time import StepTime, links_of, predict
 
 # Share of the memory that an estimate must leave free: as much as it may be off.
@@ -77,8 +77,8 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
   limit = (1 - MEMORY_MARGIN) * chip.hbm_bytes / chip.devices
   found = []
   for variant, sizes in variants(config, topology):
-    cost = estimate(variant, topology, sizes)
-    if cost.peak_hbm_bytes <= limit:
+    if peak_hbm_bytes(variant, sizes) <= limit:
+      cost = estimate(variant, topology, sizes)
       step_time = predict(chip, cost.work(links_of(topology, variant.mesh, sizes)))
       found.append(Candidate(variant, sizes, cost, step_time))
   return sorted(found, key=lambda c: (c.seconds_per_token, c.estimate.peak_hbm_bytes))

@@ -1,5 +1,6 @@
 """The training and evaluation steps: pure functions of state and batch."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from maxllama4.config import Config
+from maxllama4.kernels.choice import Choice, use_kernels
 from maxllama4.model.attention import Sequences
 from maxllama4.model.moe import RouterStatistics
 from maxllama4.model.weights import Arrays, ModelTemplate, layer_place
@@ -30,6 +32,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """One optimizer step over a batch, microbatch by microbatch. Gradients do not depend on how many there are."""
 
+  @use_kernels(_choice(config))
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     params, fixed = split_trainable(state.model, template)
     totals = batch_totals(batch)
@@ -148,11 +151,16 @@ def forward_sums(
 def make_eval_step(config: Config, template: ModelTemplate) -> Callable[[Arrays, Batch], Metrics]:
   """Nats and counted targets of one held-out batch, as sums."""
 
+  @use_kernels(_choice(config))
   def eval_step(model: Arrays, batch: Batch) -> Metrics:
     _, nats, _ = forward_sums(config, template, model, batch)
     return {"nats": nats, "weight": batch["weights"].sum()}
 
   return eval_step
+
+
+def _choice(config: Config) -> Choice:
+  return Choice(**dataclasses.asdict(config.kernels))
 
 
 def microbatches_of(config: Config, batch: Batch) -> Batch:

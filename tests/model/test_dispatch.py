@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import tiny_config, tiny_run
@@ -13,7 +12,7 @@ from maxllama4.kernels.choice import Choice, use_kernels
 from maxllama4.mesh import build_mesh
 from maxllama4.model import dispatch
 from maxllama4.model.moe import _route_on_mesh, route
-from maxllama4.sharding import MeshContext, use_mesh
+from maxllama4.sharding import MeshContext
 
 E, D, F, B, T, C = 8, 16, 8, 8, 6, 2
 KINDS = ("ring", "ragged_all_to_all")
@@ -78,7 +77,7 @@ def on_mesh(mesh: str, kind: str):
   context = MeshContext(build_mesh(tiny_run(model, mesh=rules, sequence_length=T)), rules)
 
   def routing(*inputs):
-    with use_kernels(Choice(dispatch=kind)):
+    with use_kernels(Choice(experts_dispatch=kind)):
       return _route_on_mesh(context, *inputs)
 
   return gradients(routing)
@@ -107,6 +106,9 @@ def test_a_block_holds_a_quarter_more_than_an_even_share_and_never_more_than_all
 def test_sending_to_addresses_is_refused_where_devices_have_the_same_tokens():
   rules = MeshConfig(**MESHES["tokens not split"])
   context = MeshContext(build_mesh(tiny_run(tiny_config(), mesh=rules)), rules)
-  with use_kernels(Choice(dispatch="ragged_all_to_all")), pytest.raises(ConfigError) as error:
+  with (
+    use_kernels(Choice(experts_dispatch="ragged_all_to_all")),
+    pytest.raises(ConfigError) as error,
+  ):
     _route_on_mesh(context, *arrays()[:1], choices_of("random"), *arrays()[1:4])
-  assert "kernels.dispatch=ragged_all_to_all" in str(error.value)
+  assert "kernels.experts_dispatch=ragged_all_to_all" in str(error.value)
