@@ -60,7 +60,9 @@ def wire_lines(plan: Plan) -> list[tuple[str, str]]:
     )
   rest = total - sum(c.bytes for c in shown)
   if len(shown) < len(plan.collectives):
-    lines.append(("", f"{rest / GB:9.4g} GB  in {len(plan.collectives) - len(shown)} smaller kinds"))
+    lines.append(
+      ("", f"{rest / GB:9.4g} GB  in {len(plan.collectives) - len(shown)} smaller kinds")
+    )
   return lines
 
 
@@ -68,7 +70,9 @@ def time_lines(plan: Plan) -> list[tuple[str, str]]:
   time, seconds = plan.time, plan.seconds
   source = "predicted" if plan.estimated_cycles is not None else "predicted by arithmetic alone"
   parts = ", ".join(f"{name} {duration_words(part)}" for name, part in time.parts.items() if part)
-  exposed = ", ".join(f"{name} {duration_words(part)}" for name, part in time.exposed.items() if part)
+  exposed = ", ".join(
+    f"{name} {duration_words(part)}" for name, part in time.exposed.items() if part
+  )
   per_chip = plan.tokens_per_second / plan.topology.chips
   words = f"{duration_words(seconds)} a step, {source}; bound by {time.bound_by}"
   lines = [
@@ -81,7 +85,9 @@ def time_lines(plan: Plan) -> list[tuple[str, str]]:
     speed += f", MFU {plan.mfu:.1%}"
   elif plan.extra.get("prefill_seconds"):
     speed += f"; prefill in {duration_words(plan.extra['prefill_seconds'])}"
-  price = f"${plan.dollars(1e9):,.2f} a billion tokens at ${plan.dollars_per_hour:g} a chip and hour"
+  price = (
+    f"${plan.dollars(1e9):,.2f} a billion tokens at ${plan.dollars_per_hour:g} a chip and hour"
+  )
   lines += [("speed", speed), ("cost", price)]
   if "training_days" in plan.extra:
     days, dollars = plan.extra["training_days"], plan.extra["training_dollars"]
