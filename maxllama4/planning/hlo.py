@@ -29,6 +29,7 @@ KINDS = (
   "collective-broadcast",
 )
 UNKNOWN_CYCLES = 2**62  # the compiler writes the largest integer for what it cannot estimate
+_FUSED = re.compile(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 # Opcodes that move nothing through memory by themselves.
 _FREE = {
@@ -194,7 +195,7 @@ class _Reader:
     inner = dataclasses.replace(
       fused, cycles=collections.Counter(), hbm_bytes=0.0, collectives=collective
     )
-    tally.add(inner, asynchronous="async" in name or "async-collective" in instruction.name)
+    tally.add(inner)
     is_matmul = fused.matmul_flops > 0
     self._add_cycles(tally, instruction, "matmul" if is_matmul else "other")
     tally.hbm_bytes += self._fusion_traffic(computation, instruction, self._computations[name])
@@ -227,6 +228,9 @@ class _Reader:
   def _add_collective(
     self, tally: _Tally, computation: Computation, instruction: Instruction, kind: str
   ) -> None:
+    fused = _FUSED.search(instruction.rest)  # start, parts and end of one exchange stand in several fusions
+    if fused and fused[1] != "-1":
+      return
     operands = computation.operand_shapes(instruction)
     operands = operands[:1] if kind == "ragged-all-to-all" else operands
     size = sum(bytes_of(shape) for shape in operands)
@@ -244,7 +248,7 @@ class _Reader:
       return
     axes, dcn = self._devices.axes_of(group), self._devices.leaves_slice(group)
     dtype = operands[0].partition("[")[0].lstrip("(")
-    asynchronous = instruction.op.endswith("-start")
+    asynchronous = bool(fused) or instruction.op.endswith("-start")
     tally.count_collective((kind, axes, dtype, asynchronous, dcn), 1, size * share)
     tally.hbm_bytes += _traffic(computation, instruction)
     if kind == "all-reduce" and any("dynamic-update-slice" in o for o in instruction.operands):
