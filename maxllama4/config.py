@@ -41,7 +41,8 @@ from maxllama4.settings import (
 
 GROUPED_MATMULS = ("auto", "megablox", "ragged_dot", "tokamax", "blockwise")
 EXPERTS_DISPATCHES = ("auto", "ring", "ragged_all_to_all")
-REMAT_POLICIES = ("none", "full", "matmuls", "attention")
+ATTENTION_KERNELS = ("auto", "splash", "cudnn", "blockwise", "reference")
+REMAT_POLICIES = ("none", "full", "offload", "matmuls", "attention")
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 # Which mesh axes each logical axis is split over, unless `mesh.rules` says otherwise.
 DEFAULT_RULES = {
@@ -174,6 +175,11 @@ class DataConfig:
   excerpt_length: int = 0  # characters; longer training documents are cut, at line ends, and their parts shuffled; 0: not
   prefetch: int = 2  # batches made ahead, in the background
 
+  @property
+  def whole_rows(self) -> bool:
+    """Whether each row is one document from its first token on."""
+    return self.source == "synthetic"
+
   def __post_init__(self):
     one_of("data.source", self.source, ("text", "synthetic", "tfds"))
     if self.source == "text" and not self.paths:
@@ -211,6 +217,9 @@ class TrainingConfig:
   router_z_loss: float = 0.0  # weight of mean logsumexp(router logits)^2, mean over MoE layers
   router_bias_update_rate: float = 0.0  # step of the aux-free balancing bias; 0: bias stays
   remat: str = "none"  # what a layer keeps for its backward pass; see model/decoder.py
+  attention: str = (
+    "auto"  # how attention is computed; auto: as suits the devices; see kernels/attention.py
+  )
   frozen: tuple[str, ...] = ()  # parts whose weights stay: vision, projector, embed, decoder, ...
   skip_nonfinite: bool = False  # leave out steps with bad numbers; false: stop at the first
   loss_spike_sigmas: float = 0.0  # a loss so many deviations above its mean is bad, too; 0: never
@@ -222,6 +231,7 @@ class TrainingConfig:
     not_negative("training", self, "seed eval_every eval_batches z_loss load_balance_loss")
     not_negative("training", self, "router_z_loss router_bias_update_rate loss_spike_sigmas")
     one_of("training.remat", self.remat, REMAT_POLICIES)
+    one_of("training.attention", self.attention, ATTENTION_KERNELS)
     require(
       self.batch_size % self.gradient_accumulation == 0,
       f"training.batch_size={self.batch_size} is not a multiple of"

@@ -29,37 +29,40 @@ def splash_attention(
   q: Float[Array, "B T N H"],
   k: Float[Array, "B S K H"],
   v: Float[Array, "B S K H"],
-  runs: Int[Array, "B S"],
+  starts: Int[Array, "B S"],
   offset: int | Int[Array, ""] = 0,
   *,
   longest_run: int | None = None,
   name: str | None = None,
   interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-  """softmax(q k / sqrt(H)) v, where query t sees the keys of its own run up to key `offset` + t, which is itself.
+  """`attention`, in kernels/attention.py, on a TPU, or with `interpret` in plain JAX.
 
-  `runs` tells for each key the index of the first key of its run, -1 where no query sees it. No run is longer than
-  `longest_run` (None: than a row). `offset` is a multiple of the greatest common divisor of T and S. `name` is what
-  checkpoint policies call the output and the logsumexp, all that the backward pass needs besides the inputs. Scores and
-  softmax are float32.
+  `name` is what checkpoint policies call the output and the logsumexp.
   """
   batch, length, heads, size = q.shape
-  common = math.gcd(length, k.shape[1])
+  length_of_keys = k.shape[1]
+  common = math.gcd(length, length_of_keys)
   block = choose_block(common)
   q = q * jnp.asarray(size**-0.5, q.dtype)
   q, k, v = (_pad(_pad(z, 1, block), 3, LANES) for z in (q, k, v))
-  runs = _pad(runs, 1, block, value=-1)
-  longest = min(longest_run or runs.shape[1], runs.shape[1])
+  # A key of padding is a run of its own, which no query of a token is in.
+  own = jnp.arange(length_of_keys, k.shape[1], dtype=jnp.int32)
+  own = jnp.broadcast_to(own, (batch, own.size))
+  starts = jnp.concatenate([starts, own], axis=1)
+  longest = min(longest_run or k.shape[1], k.shape[1])
   # Blocks that a run can touch, given that a block of queries starts at a multiple of `common`.
   width = (longest + 2 * block - 2 - math.gcd(common, block)) // block + 1
-  by_queries = _mask_info(*key_blocks(runs, offset, q.shape[1], block), width, k.shape[1] // block)
-  by_keys = _mask_info(*query_blocks(runs, offset, q.shape[1], block), width, q.shape[1] // block)
+  by_queries = _mask_info(
+    *key_blocks(starts, offset, q.shape[1], block), width, k.shape[1] // block
+  )
+  by_keys = _mask_info(*query_blocks(starts, offset, q.shape[1], block), width, q.shape[1] // block)
   by_keys = MaskInfo(*(None if z is None else z.swapaxes(1, 2) for z in by_keys))
 
-  rows = jnp.arange(batch, dtype=jnp.int32)[:, None] * runs.shape[1]
+  rows = jnp.arange(batch, dtype=jnp.int32)[:, None] * k.shape[1]
   # The index of each query among the keys of all rows, which lie in one line.
   index = (rows + offset + jnp.arange(q.shape[1], dtype=jnp.int32)).reshape(-1)
-  runs = jnp.where(runs < 0, -1, runs + rows).reshape(-1)
+  runs = (starts + rows).reshape(-1)
   compute = min(block, COMPUTE_BLOCK)
   kernel = SplashAttentionKernel(
     by_queries._replace(q_sequence=index),
@@ -89,24 +92,24 @@ def choose_block(length: int) -> int:
 
 
 def key_blocks(
-  runs: Int[Array, "B S"], offset: int | Int[Array, ""], length: int, block: int
+  starts: Int[Array, "B S"], offset: int | Int[Array, ""], length: int, block: int
 ) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
   """First and last block of keys that each block of the `length` queries can see."""
-  first = jnp.clip(offset + jnp.arange(0, length, block), 0, runs.shape[1] - 1)
-  last = jnp.clip(first + block - 1, 0, runs.shape[1] - 1)
-  start = jnp.where(runs[:, first] < 0, first, runs[:, first])
+  first = jnp.minimum(offset + jnp.arange(0, length, block), starts.shape[1] - 1)
+  last = jnp.minimum(first + block, starts.shape[1]) - 1
+  start = starts[:, first]
   return start // block, jnp.broadcast_to(last // block, start.shape)
 
 
 def query_blocks(
-  runs: Int[Array, "B S"], offset: int | Int[Array, ""], length: int, block: int
+  starts: Int[Array, "B S"], offset: int | Int[Array, ""], length: int, block: int
 ) -> tuple[Int[Array, "B m"], Int[Array, "B m"]]:
   """First and last block of the `length` queries that see each block of keys; the last lies before the first if none."""
-  keys = jnp.arange(runs.shape[1], dtype=jnp.int32)
-  starts = jnp.where(runs < 0, keys, runs) == keys
-  # The first start behind a key, less one: the end of its run.
-  behind = jax.lax.cummin(jnp.where(starts, keys, runs.shape[1]), axis=1, reverse=True)
-  behind = jnp.pad(behind[:, 1:], ((0, 0), (0, 1)), constant_values=runs.shape[1])
+  num_keys = starts.shape[1]
+  keys = jnp.arange(num_keys, dtype=jnp.int32)
+  # For each key the first of the next run.
+  behind = jax.lax.cummin(jnp.where(starts == keys, keys, num_keys), axis=1, reverse=True)
+  behind = jnp.pad(behind[:, 1:], ((0, 0), (0, 1)), constant_values=num_keys)
   first = keys[::block] - offset
   last = jnp.minimum(behind[:, block - 1 :: block] - 1 - offset, length - 1)
   return jnp.broadcast_to(jnp.maximum(first, 0) // block, last.shape), last // block

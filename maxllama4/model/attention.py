@@ -5,40 +5,39 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from maxllama4.config import ModelConfig
-from maxllama4.kernels.splash import splash_attention
+from maxllama4.kernels.attention import attend, attention, choose_kernel, obstacle
 from maxllama4.model.kv_cache import EMPTY, LayerCache, store_prompt, store_step
 from maxllama4.model.linear import column_parallel, row_parallel
 from maxllama4.model.norms import rms_normalize
 from maxllama4.model.rope import half_split, rope_tables, rotate
+from maxllama4.settings import require
 from maxllama4.sharding import constrain, current_mesh, current_platform, weight, zeros
-
-# A row of queries is cut into at most so many blocks, each of which meets only the keys that it could see.
-MAX_QUERY_BLOCKS = 16
-MIN_QUERY_BLOCK = 128
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-  """Where each token of a batch stands; the same for every layer.
+  """Where each token of a batch stands, and how they attend to each other; the same for every layer.
 
-  `positions` count up by one from token to token of a segment; segment 0 is padding.
+  `positions` count up by one from token to token of a segment; segment 0 is padding. `whole_rows`: each row is known to
+  be one document from its first token on. `kernel` is `training.attention`.
   """
 
   positions: Int[Array, "B T"]
   segment_ids: Int[Array, "B T"]
   cos: Float[Array, "B T half"]
   sin: Float[Array, "B T half"]
+  whole_rows: bool = dataclasses.field(default=False, metadata={"static": True})
+  kernel: str = dataclasses.field(default="auto", metadata={"static": True})
 
   @classmethod
-  def of(cls, positions, segment_ids, config: ModelConfig) -> "Sequences":
+  def of(cls, positions, segment_ids, config: ModelConfig, **settings) -> "Sequences":
     # Padding does not count: a row is as long as its longest document.
     counted = jnp.where(segment_ids > 0, positions, 0)
-    return cls(positions, segment_ids, *rope_tables(counted, config))
+    return cls(positions, segment_ids, *rope_tables(counted, config), **settings)
 
   @property
   def valid(self) -> Bool[Array, "B T"]:
@@ -73,30 +72,19 @@ def run_starts(
   return jax.lax.cummax(jnp.where(first | (segment_ids == 0), index, 0), axis=1)
 
 
-def attend(
-  q: Float[Array, "B T N H"],
-  k: Float[Array, "B S K H"],
-  v: Float[Array, "B S K H"],
-  mask: Bool[Array, "B T S"] | None,
-) -> Float[Array, "B T N H"]:
-  """softmax(q k / sqrt(H)) v over the keys that `mask` lets through (None: all); scores and softmax in float32.
+def attention_kernel(choice: str, config: ModelConfig, platform: str | None, length: int) -> str:
+  """The kernel that `training.attention=choice` means for rows of `length` tokens on devices of a platform.
 
-  A query that sees nothing (padding) gets some finite value.
+  Raises: ConfigError when an explicit choice cannot be met.
   """
-  batch, length, heads, size = q.shape
-  q = q.reshape(batch, length, k.shape[2], -1, size) * jnp.asarray(size**-0.5, q.dtype)
-  scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-  if mask is not None:
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-  largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-  weights = jnp.exp(scores - largest)
-  # Divided by their sum only after the product: T x H quotients in place of T x S, forward and backward.
-  sums = weights.sum(-1)  # B K G T
-  y = jnp.einsum(
-    "BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+  limits = (platform, config.dtype, config.head_dim, length)
+  if choice == "auto":
+    return choose_kernel(*limits)
+  problem = obstacle(choice, *limits)
+  require(
+    problem is None, f"training.attention={choice} {problem}. Choose another one, or say auto."
   )
-  y = y / sums.transpose(0, 3, 1, 2)[..., None]
-  return y.astype(v.dtype).reshape(batch, length, heads, size)
+  return choice
 
 
 def self_attend(
@@ -105,51 +93,34 @@ def self_attend(
   v: Float[Array, "B T K H"],
   sequences: Sequences,
   chunk_size: int | None,
+  config: ModelConfig,
 ) -> Float[Array, "B T N H"]:
-  """`attend` of a batch to itself; on a TPU by a kernel, elsewhere in blocks of queries.
-
-  Keys that come later or lie a chunk back are not touched.
-  """
-  if current_platform() == "tpu":
-    return _splash_on_mesh(q, k, v, sequences, chunk_size)
-  k, v = (constrain(z, ("batch", None, "kv_heads", None)) for z in (k, v))
-  length = q.shape[1]
-  block = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
-  positions, segments = sequences.positions, sequences.segment_ids
-  outputs = []
-  for start in range(0, length, block):
-    stop = min(start + block, length)
-    first = 0 if chunk_size is None else max(0, start - chunk_size)
-    mask = attention_mask(
-      positions[:, start:stop],
-      positions[:, first:stop],
-      segments[:, start:stop],
-      segments[:, first:stop],
-      chunk_size,
-    )
-    outputs.append(attend(q[:, start:stop], k[:, first:stop], v[:, first:stop], mask))
-  y = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
-  return checkpoint_name(y, "attention")
-
-
-def _splash_on_mesh(q, k, v, sequences: Sequences, chunk_size: int | None):
-  """`splash_attention` of each device's rows and heads; where rows are split, each gathers the keys of whole ones."""
+  """`attend` of a batch to itself; on a mesh of each device's rows and heads to the keys that they can see."""
+  kernel = attention_kernel(sequences.kernel, config, current_platform(), q.shape[1])
   context = current_mesh()
-  split = () if context is None else context.axes_of("length")
+  (axis,) = (context and context.axes_of("length")) or (None,)
 
   def local(q, k, v, positions, segments):
-    offset = 0
-    if split:
-      offset = jax.lax.axis_index(split[0]) * q.shape[1]
-      whole = (k, v, positions, segments)
-      k, v, positions, segments = jax.lax.all_gather(whole, split[0], axis=1, tiled=True)
+    keys, offset = (k, v, positions, segments), 0
+    if axis is not None:
+      keys, offset = _visible_keys(keys, axis, chunk_size, sequences.whole_rows)
+    k, v, positions, segments = keys
     starts = run_starts(positions, segments, chunk_size)
-    return splash_attention(q, k, v, starts, offset, longest_run=chunk_size, name="attention")
+    return attention(
+      q,
+      k,
+      v,
+      starts,
+      offset,
+      kernel=kernel,
+      longest_run=chunk_size,
+      even_runs=sequences.whole_rows,
+    )
 
   arrays = (q, k, v, sequences.positions, sequences.segment_ids)
   if context is None:
     return local(*arrays)
-  rows, queries = (context.spec(("batch", "length", *more)) for more in ((), ("heads", None)))
+  tokens, queries = (context.spec(("batch", "length", *more)) for more in ((), ("heads", None)))
   keys = context.spec(("batch", "length", "kv_heads", None))
   if context.axes_of("heads") != context.axes_of("kv_heads"):
     k, v = (_repeat_heads(z, q.shape[2], context.size("heads")) for z in (k, v))
@@ -157,10 +128,29 @@ def _splash_on_mesh(q, k, v, sequences: Sequences, chunk_size: int | None):
   return jax.shard_map(
     local,
     mesh=context.mesh,
-    in_specs=(queries, keys, keys, rows, rows),
+    in_specs=(queries, keys, keys, tokens, tokens),
     out_specs=queries,
     check_vma=False,
   )(*arrays)
+
+
+def _visible_keys(keys, axis: str, chunk_size: int | None, whole_rows: bool):
+  """Of rows split over a mesh axis, what the queries of this part may see; and the index of the first query in it.
+
+  `keys` are arrays [B, T, ...]. Layers without chunks gather whole rows. Those with chunks need at most one chunk of the
+  part before, and nothing where every part is made of whole chunks.
+  """
+  length, parts = keys[0].shape[1], jax.lax.axis_size(axis)
+  if chunk_size is not None and whole_rows and length % chunk_size == 0:
+    return keys, 0
+  if chunk_size is not None and chunk_size <= length:
+    # The first part gets zeros, which are padding: segment 0.
+    before = jax.lax.ppermute(
+      [z[:, -chunk_size:] for z in keys], axis, [(i, i + 1) for i in range(parts - 1)]
+    )
+    return [jnp.concatenate(pair, axis=1) for pair in zip(before, keys)], chunk_size
+  keys = jax.lax.all_gather(keys, axis, axis=1, tiled=True)
+  return keys, jax.lax.axis_index(axis) * length
 
 
 def _repeat_heads(x: Float[Array, "B T K H"], heads: int, parts: int) -> Float[Array, "B T R H"]:
@@ -206,7 +196,7 @@ class Attention(nnx.Module):
       )
       y = attend(q, cache.key, cache.value, mask)
     else:
-      y = self_attend(q, k, v, sequences, self.chunk_size)
+      y = self_attend(q, k, v, sequences, self.chunk_size, self.config)
       cache = None if cache is None else store_prompt(cache, k, v, sequences.valid)
     return row_parallel(y, self.out.get_value(), ("heads", None, "embed")), cache
 

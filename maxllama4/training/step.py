@@ -118,7 +118,13 @@ def forward_sums(
   """Sums over a batch: cross-entropy with and without its z term, in nats; and the routing statistics by layer."""
   training = config.training
   model = template.model(arrays)
-  sequences = Sequences.of(batch["positions"], batch["segment_ids"], config.model)
+  sequences = Sequences.of(
+    batch["positions"],
+    batch["segment_ids"],
+    config.model,
+    whole_rows=config.data.whole_rows,
+    kernel=training.attention,
+  )
   x, statistics, _ = model.hidden_states(batch["tokens"], sequences, remat=training.remat)
   objective, nats = cross_entropy_sums(
     x, model.head_weight(), batch["targets"], batch["weights"], training.z_loss, training.loss_chunk

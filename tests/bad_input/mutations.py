@@ -231,7 +231,7 @@ CHOICES = [
   ("data.source=txt", ["data.source=txt is not one of text, synthetic, tfds"]),
   ("optimizer.name=adam", ["optimizer.name=adam is not one of adamw, muon"]),
   ("optimizer.schedule=cos", ["optimizer.schedule=cos is not one of cosine, linear, constant, wsd"]),
-  ("training.remat=all", ["training.remat=all is not one of none, full, matmuls, attention"]),
+  ("training.remat=all", ["training.remat=all is not one of none, full, offload, matmuls, attention"]),
   ("model.rope_scaling={rope_type: ntk}", ["model.rope_scaling.rope_type=ntk is not one of"]),
   ("mesh.rules.embed=model", ["mesh.rules.embed=['model']", "data, fsdp, expert"]),
 ]  # fmt: skip

@@ -118,7 +118,7 @@ def test_long_rows_cut_into_blocks_of_queries_see_what_whole_ones_do(chunk_size)
   rows = sequences(segments, config, positions)
   keys = jax.random.split(jax.random.key(0), 3)
   q, k, v = (jax.random.normal(key, (2, length, n, 2)) for key, n in zip(keys, (2, 1, 1)))
-  found = jax.jit(lambda q, k, v: self_attend(q, k, v, rows, chunk_size))(q, k, v)
+  found = jax.jit(lambda q, k, v: self_attend(q, k, v, rows, chunk_size, config))(q, k, v)
   mask = attention_mask(positions, positions, segments, segments, chunk_size)
   expected = attend(q, k, v, mask)
   valid = np.asarray(segments) > 0

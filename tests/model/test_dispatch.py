@@ -3,28 +3,32 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tiny import tiny_config, tiny_run
 
 from maxllama4.config import ConfigError, MeshConfig
 from maxllama4.kernels.choice import Choice, use_kernels
 from maxllama4.mesh import build_mesh
 from maxllama4.model import dispatch
-from maxllama4.model.moe import _route_on_mesh, route
+from maxllama4.model.moe import (
+  RoutedAndSharedMoE,
+  _route_on_mesh,
+  drop_beyond_capacity,
+  route,
+)
 from maxllama4.sharding import MeshContext
 
 E, D, F, B, T, C = 8, 16, 8, 8, 6, 2
-KINDS = ("ring", "ragged_all_to_all")
 # How tokens choose: at random; all the same two; nobody chooses the experts of the first half; some tokens are padding.
 SPREADS = ("random", "skewed", "half empty", "padding")
 MESHES = {
-  "data and experts": {"data": 2, "fsdp": 1, "expert": 4},
-  "experts alone": {"fsdp": 1, "expert": 8},
-  "weights and experts": {"fsdp": 2, "expert": 2, "tensor": 2},
   "length and experts": {"fsdp": 1, "expert": 4, "context": 2},
-  "no experts": {"data": 2, "fsdp": 2, "tensor": 2},
+  "weights and experts": {"fsdp": 2, "expert": 2, "tensor": 2},
   "tokens not split": {"fsdp": 2, "expert": 4, "rules": {"batch": ("data", "fsdp")}},
+  "no experts": {"data": 2, "fsdp": 2, "tensor": 2},
 }
 
 
@@ -86,7 +90,7 @@ def on_mesh(mesh: str, kind: str):
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize(
   ("mesh", "kind"),
-  [(mesh, "ring") for mesh in MESHES] + [(mesh, "ragged_all_to_all") for mesh in list(MESHES)[:4]],
+  [(mesh, "ring") for mesh in MESHES] + [(mesh, "ragged_all_to_all") for mesh in list(MESHES)[:2]],
 )
 def test_values_and_gradients_are_those_of_one_device(mesh, kind, spread):
   found = on_mesh(mesh, kind)(choices_of(spread), *arrays())
@@ -112,3 +116,31 @@ def test_sending_to_addresses_is_refused_where_devices_have_the_same_tokens():
   ):
     _route_on_mesh(context, *arrays()[:1], choices_of("random"), *arrays()[1:4])
   assert "kernels.experts_dispatch=ragged_all_to_all" in str(error.value)
+
+
+def test_an_expert_takes_its_capacity_of_a_row_first_come_first_served_and_no_padding():
+  experts = jnp.array([[[0], [0], [2], [0], [2], [1]], [[4], [0], [0], [0], [4], [1]]])
+  kept, load = drop_beyond_capacity(experts, 4, 1.25)  # 1.25 x 6 / 4: two of a row
+  assert kept[..., 0].tolist() == [[0, 0, 2, 4, 2, 1], [4, 0, 0, 4, 4, 1]]
+  assert load.tolist() == [4, 2, 2, 0]
+
+
+def test_the_load_counts_what_capacity_leaves_and_a_dropped_token_gets_the_shared_expert_alone():
+  config = tiny_config(num_local_experts=2)
+  model = RoutedAndSharedMoE(config, rngs=nnx.Rngs(0))
+  x = jnp.ones((1, 4, 16))  # all choose the same expert
+  with use_kernels(Choice(expert_capacity_factor=1.0)):
+    y, statistics = model(x, jnp.ones((1, 4), bool))
+  assert sorted(statistics.load.tolist()) == [0, 2]
+  np.testing.assert_allclose(y[:, 2:], model.shared_expert(x[:, 2:]), rtol=1e-6, atol=1e-6)
+  uncapped, statistics = model(x, jnp.ones((1, 4), bool))
+  assert sorted(statistics.load.tolist()) == [0, 4]
+  np.testing.assert_allclose(y[:, :2], uncapped[:, :2], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["megablox", "tokamax"])
+def test_products_that_these_devices_do_not_have_are_refused(kind):
+  model = RoutedAndSharedMoE(tiny_config(), rngs=nnx.Rngs(0))
+  with use_kernels(Choice(grouped_matmul=kind)), pytest.raises(ConfigError) as error:
+    model(jnp.ones((1, 4, 16)), jnp.ones((1, 4), bool))
+  assert f"kernels.grouped_matmul={kind}" in str(error.value)
