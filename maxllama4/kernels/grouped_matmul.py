@@ -47,7 +47,7 @@ def grouped_matmul(
 
 
 def automatic(platform: str, shape: tuple[int, int, int]) -> str:
-  """The kind that `auto` stands for, for matrices [E, D, F] of `shape`; reasons in docs/decisions/0006."""
+  """The kind that `auto` stands for, for matrices [E, D, F] of `shape`; reasons in docs/decisions/0009."""
   if platform == "tpu":
     return "megablox" if all(size % LANES == 0 for size in shape[1:]) else "ragged_dot"
   return "tokamax" if platform == "cuda" and has_tokamax() else "blockwise"
