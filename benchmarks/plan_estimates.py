@@ -18,7 +18,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 SMALL = (
   "model.hidden_size=2048 model.intermediate_size=4096 model.intermediate_size_mlp=8192 model.vocab_size=65536"
-  " model.num_attention_heads=16 model.num_hidden_layers=8 model.nope_layer_interval=2 model.bos_token_id=1"
+  " model.num_attention_heads=16 model.num_hidden_layers=8 model.nope_layer_interval=1 model.bos_token_id=1"
   " model.eos_token_id=2 model.pad_token_id=0"
 )
 # Name: configuration, topology, settings.
@@ -161,7 +161,7 @@ def main() -> None:
     write_table()
     return
   # Described devices only: the process itself runs on the CPU, and asks no cloud what machine it is on.
-  os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+  os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_STDERR_LOG_LEVEL="3")
   path = RESULTS / "plan_estimates.json"
   for name in arguments.names or [*CASES, *HELD_OUT]:
     entries = json.loads(path.read_text()) if path.exists() else {}
