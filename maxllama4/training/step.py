@@ -12,7 +12,7 @@ from maxllama4.kernels.choice import Choice, use_kernels
 from maxllama4.model.attention import Sequences
 from maxllama4.model.moe import RouterStatistics
 from maxllama4.model.weights import Arrays, ModelTemplate, layer_place
-from maxllama4.sharding import constrain
+from maxllama4.sharding import MeshContext, constrain
 from maxllama4.training.health import FINE, judge
 from maxllama4.training.loss import cross_entropy_sums
 from maxllama4.training.state import TrainState, split_trainable, to_device, to_host
@@ -68,6 +68,28 @@ def make_train_step(
     return TrainState(state.step + ~health.halted, model, optimizer_state, health), metrics
 
   return train_step
+
+
+def lower_train_step(
+  config: Config,
+  template: ModelTemplate,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  state: TrainState,
+  context: MeshContext,
+) -> jax.stages.Lowered:
+  """The step of a run, ready to be compiled; `state` may be shapes with shardings, and its arrays are given away."""
+  shape = (config.training.batch_size, config.training.sequence_length)
+  sharding = context.sharding(("batch", "length"))
+  dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32)
+  batch = {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    for name, dtype in (dtypes | {"weights": jnp.float32}).items()
+  }
+  step = make_train_step(config, template, optimizer, schedule)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+  compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, context.sharding(())))
+  return compiled.lower(state, batch)
 
 
 def batch_gradients(
