@@ -48,8 +48,8 @@ class MeshContext:
   def scatter_phases(self, axis: str) -> list[list[list[int]] | None]:
     """Groups of places along the mesh axis `axis` over which sums are scattered, phase by phase; None: all at once.
 
-    XLA scatters sums over at most two dimensions of a TPU's torus; over three it adds up everything on every chip, twice
-    the bytes. So such an axis goes in two phases: first between places that are a run apart, then within a run of
+    XLA scatters sums, and gathers, over at most two dimensions of a TPU's torus; over three it adds up everything on
+    every chip (for a gather: zeros and each chip's part), twice the bytes. So such an axis goes in two phases: first between places that are a run apart, then within a run of
     neighbours along one dimension.
     """
     number = self.mesh.axis_names.index(axis)
@@ -122,7 +122,8 @@ def gather_embed(
   The cast comes before the gather, so that half as much is sent; and the gradient is scattered as it is summed, in
   `dtype`, too.
   """
-  weight, dim = weight.astype(dtype), axes.index("embed")
+  # The barrier keeps the cast here: XLA would make it once for all layers of a scan, in memory.
+  weight, dim = jax.lax.optimization_barrier(weight).astype(dtype), axes.index("embed")
   for axis in reversed(context.axes_of("embed")):
     weight = _gather(weight, axis, dim, context.scatter_phases(axis))
   return weight
@@ -131,7 +132,9 @@ def gather_embed(
 def _gather(weight, axis, dim, phases):
   @jax.custom_vjp
   def gather(weight):
-    return jax.lax.all_gather(weight, axis, axis=dim, tiled=True)
+    for groups in reversed(phases):
+      weight = jax.lax.all_gather(weight, axis, axis=dim, tiled=True, axis_index_groups=groups)
+    return weight
 
   def scatter(_, gradient):
     for groups in phases:

@@ -5,6 +5,7 @@
 there; megablox.py does so on a TPU, and the library tokamax, if it is there, on a GPU.
 """
 
+import functools
 import importlib.util
 
 import jax
@@ -25,17 +26,21 @@ PLATFORMS = {"megablox": ("tpu",), "tokamax": ("tpu", "gpu")}
 
 
 def grouped_matmul(
-  rows: Float[Array, "R D"], matrices: Float[Array, "E D F"], sizes: Int[Array, " E"]
+  rows: Float[Array, "R D"],
+  matrices: Float[Array, "E _ _"],
+  sizes: Int[Array, " E"],
+  transposed: bool = False,
 ) -> Float[Array, "R F"]:
   """rows[i] @ matrices[e], where e is the group that row i lies in: groups are consecutive, `sizes` rows each.
 
-  Rows beyond the sum of `sizes` give zeros. A group without rows gets a zero gradient. Result in the dtype of `rows`.
+  Matrices are [E, D, F], or [E, F, D] if `transposed`. Rows beyond the sum of `sizes` give zeros. A group without rows
+  gets a zero gradient. Result in the dtype of `rows`.
   """
   kind = current_choice().grouped_matmul
   if kind != "auto":
-    return _product_by(kind)(rows, matrices, sizes)
+    return _product_by(kind, transposed)(rows, matrices, sizes)
   by_platform = {
-    platform: _product_by(automatic(platform, matrices.shape))
+    platform: _product_by(automatic(platform, matrices.shape), transposed)
     for platform in ("cpu", "tpu", "cuda", "rocm")
   }
   return jax.lax.platform_dependent(rows, matrices, sizes, **by_platform)
@@ -53,13 +58,13 @@ def has_tokamax() -> bool:
   return importlib.util.find_spec("tokamax") is not None
 
 
-def _product_by(kind: str):
-  return {
-    "blockwise": blockwise,
-    "ragged_dot": jax.lax.ragged_dot,
-    "megablox": lambda rows, matrices, sizes: megablox(rows, matrices, sizes),
-    "tokamax": _tokamax,
-  }[kind]
+def _product_by(kind: str, transposed: bool):
+  if kind == "megablox":
+    return functools.partial(megablox, transposed=transposed)
+  product = {"blockwise": blockwise, "ragged_dot": jax.lax.ragged_dot, "tokamax": _tokamax}[kind]
+  if not transposed:
+    return product
+  return lambda rows, matrices, sizes: product(rows, matrices.swapaxes(1, 2), sizes)
 
 
 def _tokamax(rows, matrices, sizes):

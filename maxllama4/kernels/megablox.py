@@ -6,7 +6,6 @@ every group, and the one with respect to the rows starts by transposing the matr
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,28 +17,34 @@ SIDE = 1024  # of a tile of matrices that are read again for every tile of rows
 LANES = 128
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def megablox(
   rows: Float[Array, "R D"],
-  matrices: Float[Array, "E D F"],
+  matrices: Float[Array, "E _ _"],
   sizes: Int[Array, " E"],
+  transposed: bool = False,
   interpret: bool = False,
 ) -> Float[Array, "R F"]:
   """`grouped_matmul` by Pallas kernels; `interpret` runs them anywhere, slowly."""
-  return _product(rows, matrices, sizes, False, interpret)
+  return _megablox(rows, matrices, sizes, transposed, interpret)
 
 
-def _forward(rows, matrices, sizes, interpret):
-  return megablox(rows, matrices, sizes, interpret), (rows, matrices, sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _megablox(rows, matrices, sizes, transposed, interpret):
+  return _product(rows, matrices, sizes, transposed, interpret)
 
 
-def _backward(interpret, saved, gradient):
+def _forward(rows, matrices, sizes, transposed, interpret):
+  return _megablox(rows, matrices, sizes, transposed, interpret), (rows, matrices, sizes)
+
+
+def _backward(transposed, interpret, saved, gradient):
   rows, matrices, sizes = saved
-  to_rows = _product(gradient, matrices, sizes, True, interpret)
-  return to_rows, _outer_product(rows, gradient, matrices, sizes, interpret), None
+  to_rows = _product(gradient, matrices, sizes, not transposed, interpret)
+  pair = (gradient, rows) if transposed else (rows, gradient)
+  return to_rows, _outer_product(*pair, sizes, matrices.dtype, interpret), None
 
 
-megablox.defvjp(_forward, _backward)
+_megablox.defvjp(_forward, _backward)
 
 
 def row_tile(num_rows: int, num_groups: int) -> int:
@@ -89,21 +94,16 @@ def _product(rows, matrices, sizes, transposed, interpret):
   return product[:num_rows]
 
 
-def _outer_product(rows, gradient, matrices, sizes, interpret):
+def _outer_product(left, right, sizes, dtype, interpret):
+  """left^T @ right of each group, [E, columns of left, columns of right]."""
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-  groups, dim, features = matrices.shape
-  tile = row_tile(rows.shape[0], groups)
-  gradient, _ = _padded(gradient, sizes, tile)
-  rows, sizes = _padded(rows, sizes, tile)
-  side = SIDE // max(1, math.isqrt(rows.dtype.itemsize // 2))
-  tiles = (tile, min(side, dim), min(side, features))
-  return tgmm(
-    rows.swapaxes(0, 1),
-    gradient,
-    sizes,
-    matrices.dtype,
-    tiles,
-    num_actual_groups=groups,
-    interpret=interpret,
-  )
+  groups, columns = sizes.size, (left.shape[1], right.shape[1])
+  tile = row_tile(left.shape[0], groups)
+  left, _ = _padded(left, sizes, tile)
+  right, sizes = _padded(right, sizes, tile)
+  # A tile of the result is summed in float32 and written twice buffered.
+  side = SIDE if dtype.itemsize == 2 else SIDE // 2
+  tiles = (tile, *(min(side, size) for size in columns))
+  left = left.swapaxes(0, 1)  # undone by the kernel's caller
+  return tgmm(left, right, sizes, dtype, tiles, num_actual_groups=groups, interpret=interpret)

@@ -29,11 +29,15 @@ def apply_experts(
   rows: Float[Array, "R D"],
   sizes: Int[Array, " E"],
   gate_up: Float[Array, "E D W"],
-  down: Float[Array, "E F D"],
+  down: Float[Array, "E _ _"],
+  transposed: bool = False,
 ) -> Float[Array, "R D"]:
-  """Each row through its expert: groups are consecutive, `sizes` rows each; rows beyond them give zeros."""
+  """Each row through its expert: groups are consecutive, `sizes` rows each; rows beyond them give zeros.
+
+  `down` is [E, F, D], or [E, D, F] if `transposed`.
+  """
   gate, up = jnp.split(grouped_matmul(rows, gate_up, sizes), 2, axis=-1)
-  return grouped_matmul(jax.nn.silu(gate) * up, down, sizes)
+  return grouped_matmul(jax.nn.silu(gate) * up, down, sizes, transposed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +61,15 @@ def exchange_and_apply(
   rows: Float[Array, "R D"],
   sizes: Int[Array, " E"],
   gate_up: Float[Array, "e D W"],
-  down: Float[Array, "e F D"],
+  down: Float[Array, "e D F"],
 ) -> Float[Array, "R D"]:
-  """`apply_experts` of E experts, e of which each device along an axis holds, in order. For use in a shard_map."""
+  """`apply_experts` (`transposed`) of E experts, e of which each device of an axis holds, in order; in a shard_map."""
   queue = _queue(exchange, rows, sizes, gate_up)
   shared = queue.share(rows)
 
   def step(i, out):
     groups, block = queue.fetch(i, shared)
-    return queue.put(i, out, apply_experts(block, groups, gate_up, down))
+    return queue.put(i, out, apply_experts(block, groups, gate_up, down, transposed=True))
 
   return queue.collect(_fold(queue, step, queue.empty(rows)))
 
@@ -87,7 +91,10 @@ def _backward(exchange, saved, gradient):
     groups, block = queue.fetch(i, shared)
     _, block_gradient = queue.fetch(i, shared_gradient)
     _, pull = jax.vjp(
-      lambda *inputs: apply_experts(inputs[0], groups, *inputs[1:]), block, gate_up, down
+      lambda block, *weights: apply_experts(block, groups, *weights, transposed=True),
+      block,
+      gate_up,
+      down,
     )
     to_block, *more = pull(block_gradient)
     to_weights = more if to_weights == [None, None] else [a + b for a, b in zip(to_weights, more)]

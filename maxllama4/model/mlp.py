@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from maxllama4.config import ModelConfig
 from maxllama4.model.linear import column_parallel, row_parallel
-from maxllama4.sharding import weight, zeros
+from maxllama4.sharding import current_platform, weight, zeros
 
 
 class GatedMLP(nnx.Module):
@@ -19,5 +19,11 @@ class GatedMLP(nnx.Module):
 
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     weights = (self.gate.get_value(), self.up.get_value())
-    gate, up = column_parallel(x, weights, [("embed", "ffn")] * 2)
-    return row_parallel(jax.nn.silu(gate) * up, self.down.get_value(), ("ffn", "embed"))
+    gate, up = _apart(column_parallel(x, weights, [("embed", "ffn")] * 2))
+    hidden = _apart(jax.nn.silu(gate) * up)
+    return row_parallel(hidden, self.down.get_value(), ("ffn", "embed"))
+
+
+def _apart(x):
+  """`x` and its gradient, each an array of its own: XLA for TPU computes them again for every tile of the next product."""
+  return jax.lax.optimization_barrier(x) if current_platform() == "tpu" else x

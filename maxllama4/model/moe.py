@@ -196,13 +196,15 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
   num_experts = len(gate_up)
 
   def local(x, experts, scores, gate_up, down):
-    # The cast and the reshape come first: what is gathered is half as large, and laid out as the products want it.
-    gate_up = gather_embed(context, _flat(gate_up), ("experts", "embed", "ffn"), x.dtype)
-    down = gather_embed(context, down, ("experts", "ffn", "embed"), x.dtype)
+    # Laid out as the products want it before the gather: after it, that would be a copy of a whole layer. What is
+    # gathered along its last dimension is such a copy, too.
+    axes = ("experts", "embed", "ffn")
+    gate_up = gather_embed(context, _flat(gate_up), axes, x.dtype)
+    down = gather_embed(context, down.swapaxes(1, 2), axes, x.dtype)
 
     def apply(rows, sizes):
       if exchange is None:
-        return apply_experts(rows, sizes, gate_up, down)
+        return apply_experts(rows, sizes, gate_up, down, transposed=True)
       return exchange_and_apply(exchange, rows, sizes, gate_up, down)
 
     y = _route(x, experts, scores, num_experts, apply)

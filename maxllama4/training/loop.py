@@ -18,6 +18,7 @@ from maxllama4.config import Config
 from maxllama4.data.loader import make_eval_batches, make_loader, merge_states, prepare_tokenizer
 from maxllama4.hosts import start_hosts
 from maxllama4.mesh import build_mesh
+from maxllama4.model.attention import attention_kernel
 from maxllama4.model.llama4 import count_parameters, train_flops_per_token
 from maxllama4.model.weights import ModelTemplate
 from maxllama4.sharding import MeshContext, no_mesh, use_mesh
@@ -123,6 +124,9 @@ class Run:
     self.stop, self.extras = stop, extras
     self.clock = Clock()
     self.stopped = False
+    length = config.training.sequence_length
+    platform = context.mesh.devices.flat[0].platform
+    self.attention = attention_kernel(config.training.attention, config.model, platform, length)
     self.template, self.optimizer = template, optimizer
     self.schedule = learning_rate_schedule(config.optimizer, config.training.steps)
     self.tokens = 0  # counted targets up to the last time somebody asked
@@ -211,8 +215,8 @@ class Run:
     training = self.config.training
     self.progress.say(
       f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active;"
-      f" {training.batch_size} x {training.sequence_length} tokens a step"
-      f" on {self.context.mesh.size} x {self._device_kind}; compiled in {self.compile_seconds:.1f} s"
+      f" {training.batch_size} x {training.sequence_length} tokens a step on {self.context.mesh.size} x"
+      f" {self._device_kind}; {self.attention} attention; compiled in {self.compile_seconds:.1f} s"
     )
     return compiled
 
@@ -358,6 +362,7 @@ class Run:
       device_kind=self._device_kind,
       hosts=jax.process_count(),
       mesh=dict(mesh.shape),
+      attention=self.attention,
       parameters=total,
       active_parameters=active,
       compile_seconds=self.compile_seconds,

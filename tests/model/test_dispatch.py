@@ -6,15 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from tiny import tiny_config, tiny_run
+from tiny import tiny_config, tiny_model, tiny_run
 
 from maxllama4.config import ConfigError, MeshConfig
 from maxllama4.kernels.choice import Choice, use_kernels
 from maxllama4.mesh import build_mesh
 from maxllama4.model import dispatch
 from maxllama4.model.moe import (
-  RoutedAndSharedMoE,
   _route_on_mesh,
   drop_beyond_capacity,
   route,
@@ -126,21 +124,24 @@ def test_an_expert_takes_its_capacity_of_a_row_first_come_first_served_and_no_pa
 
 
 def test_the_load_counts_what_capacity_leaves_and_a_dropped_token_gets_the_shared_expert_alone():
-  config = tiny_config(num_local_experts=2)
-  model = RoutedAndSharedMoE(config, rngs=nnx.Rngs(0))
+  model = tiny_model(tiny_config(num_local_experts=2)).decoder.layer(1).feed_forward
   x = jnp.ones((1, 4, 16))  # all choose the same expert
+
+  def run(x):
+    return model(x, jnp.ones((1, 4), bool))
+
   with use_kernels(Choice(expert_capacity_factor=1.0)):
-    y, statistics = model(x, jnp.ones((1, 4), bool))
+    y, statistics = jax.jit(run)(x)
   assert sorted(statistics.load.tolist()) == [0, 2]
   np.testing.assert_allclose(y[:, 2:], model.shared_expert(x[:, 2:]), rtol=1e-6, atol=1e-6)
-  uncapped, statistics = model(x, jnp.ones((1, 4), bool))
+  uncapped, statistics = jax.jit(lambda x: run(x))(x)
   assert sorted(statistics.load.tolist()) == [0, 4]
   np.testing.assert_allclose(y[:, :2], uncapped[:, :2], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["megablox", "tokamax"])
 def test_products_that_these_devices_do_not_have_are_refused(kind):
-  model = RoutedAndSharedMoE(tiny_config(), rngs=nnx.Rngs(0))
+  model = tiny_model().decoder.layer(1).feed_forward
   with use_kernels(Choice(grouped_matmul=kind)), pytest.raises(ConfigError) as error:
     model(jnp.ones((1, 4, 16)), jnp.ones((1, 4), bool))
   assert f"kernels.grouped_matmul={kind}" in str(error.value)
