@@ -95,7 +95,7 @@ def mixture(x, w: Weights, segments, config: ModelConfig):
     logits = x[t] @ w["router/weight"]
     for e in choose(logits, w["router/bias"], config.num_experts_per_tok):
       z = x[t] / (1 + np.exp(-logits[e]))
-      gate, up = w["gate_up"][e][:, 0], w["gate_up"][e][:, 1]
+      gate, up = w["gate_up"][e]
       out[t] += gated_mlp(z, gate, up, w["down"][e])
   return out
 

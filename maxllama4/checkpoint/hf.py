@@ -57,7 +57,7 @@ _DENSE = tuple(
 )
 _MOE = (
   ("feed_forward.router.weight", "feed_forward/router/weight", _TRANSPOSED),
-  ("feed_forward.experts.gate_up_proj", "feed_forward/gate_up", ((0,), (1,), (2, 3))),
+  ("feed_forward.experts.gate_up_proj", "feed_forward/gate_up", ((0,), (2,), (1, 3))),
   ("feed_forward.experts.down_proj", "feed_forward/down", ((0,), (1,), (2,))),
   *(
     (
@@ -71,10 +71,10 @@ _MOE = (
 
 
 # What the two fused tensors of experts are in quantised exports and older conversions, a matrix an expert:
-# name, path, places along [experts, D, gate or up, F] and [experts, F, D].
+# name, path, places along [gate or up, D, F] and [F, D].
 _UNFUSED = (
-  ("gate_proj", "feed_forward/gate_up", (None, 0)),
-  ("up_proj", "feed_forward/gate_up", (None, 1)),
+  ("gate_proj", "feed_forward/gate_up", (0,)),
+  ("up_proj", "feed_forward/gate_up", (1,)),
   ("down_proj", "feed_forward/down", ()),
 )
 _HEAD_BIAS = ((0, 1),)

@@ -56,7 +56,7 @@ class Part(Tensor):
   def whole_shape(self, template: ModelTemplate) -> tuple[int, ...]:
     """Shape of our array, without its stack of layers and its halves."""
     shape = template.shapes[self.path].shape[0 if self.stack_index is None else 1 :]
-    return shape if self.half is None else shape[:2] + shape[3:]
+    return shape if self.half is None else shape[:1] + shape[2:]
 
   def block_shape(self, template: ModelTemplate, num_shards: int) -> tuple[int, ...]:
     """The part of that shape that one shard has."""
@@ -330,11 +330,11 @@ def _problems(
 def _fill(target: np.ndarray, wanted: list[slice], piece: _Piece) -> None:
   """Copies into `target`, the box `wanted` of an array, what the shards have of it."""
   part = piece.part
-  if part.half is not None:  # dim 2 is gate and up
-    if not wanted[2].start <= part.half < wanted[2].stop:
+  if part.half is not None:  # dim 1 is gate and up
+    if not wanted[1].start <= part.half < wanted[1].stop:
       return
-    target = target[:, :, part.half - wanted[2].start]
-    wanted = [*wanted[:2], *wanted[3:]]
+    target = target[:, part.half - wanted[1].start]
+    wanted = [*wanted[:1], *wanted[2:]]
   rows = slice(piece.row, piece.row + part.file_shape(piece.block)[0])
   if part.split is None:  # every shard has all of it
     block = part.from_file(piece.shards[0].read()[rows], piece.block)

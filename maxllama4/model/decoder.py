@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from maxllama4.config import LayerKind, ModelConfig
@@ -14,6 +15,7 @@ from maxllama4.model.kv_cache import LayerCache, init_cache
 from maxllama4.model.mlp import GatedMLP
 from maxllama4.model.moe import RoutedAndSharedMoE, RouterStatistics
 from maxllama4.model.norms import RMSNorm
+from maxllama4.sharding import current_platform
 
 # What a layer keeps for its backward pass besides its input, by name: nothing; nothing, and the input goes to the host's
 # memory; the matmuls of weights; the attention's output.
@@ -49,14 +51,21 @@ class Llama4DecoderLayer(nnx.Module):
     self, x: Float[Array, "B T D"], sequences: Sequences, cache: LayerCache | None = None
   ) -> tuple[Float[Array, "B T D"], RouterStatistics | None, LayerCache | None]:
     """The residual stream after this layer, its routing statistics (None when dense), and its cache."""
-    x = checkpoint_name(x, "layer_input")
+    x = checkpoint_name(_row_major(x), "layer_input")
     y, cache = self.attention(self.input_norm(x), sequences, cache)
     x = x + y
-    y = self.post_attention_norm(x)
+    y = _row_major(self.post_attention_norm(x))
     if isinstance(self.feed_forward, RoutedAndSharedMoE):
       y, statistics = self.feed_forward(y, sequences.valid)
       return x + y, statistics, cache
     return x + self.feed_forward(y), None, cache
+
+
+def _row_major(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+  """`x`, a token's numbers next to each other in memory. XLA for TPUs would lay them the other way, which suits the norms,
+  and turn them over for the experts and back, layer by layer.
+  """
+  return with_layout_constraint(x, Layout((0, 1, 2))) if current_platform() == "tpu" else x
 
 
 class Llama4ScannableBlock(nnx.Module):

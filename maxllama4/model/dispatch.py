@@ -28,7 +28,8 @@ WIDE = 8
 def apply_experts(
   rows: Float[Array, "R D"],
   sizes: Int[Array, " E"],
-  gate_up: Float[Array, "E D W"],
+  gate: Float[Array, "E D F"],
+  up: Float[Array, "E D F"],
   down: Float[Array, "E _ _"],
   transposed: bool = False,
 ) -> Float[Array, "R D"]:
@@ -36,25 +37,8 @@ def apply_experts(
 
   `down` is [E, F, D], or [E, D, F] if `transposed`.
   """
-  hidden = swiglu(grouped_matmul(rows, gate_up, sizes))
+  hidden = jax.nn.silu(grouped_matmul(rows, gate, sizes)) * grouped_matmul(rows, up, sizes)
   return grouped_matmul(hidden, down, sizes, transposed)
-
-
-@jax.custom_vjp
-def swiglu(gate_up: Float[Array, "R W"]) -> Float[Array, "R F"]:
-  """silu(gate) * up, of gate and up side by side. The gradient is written once, where `jnp.split` would add up halves."""
-  gate, up = jnp.split(gate_up, 2, axis=-1)
-  return jax.nn.silu(gate) * up
-
-
-def _swiglu_backward(gate_up, gradient):
-  gate, up, gradient = (a.astype(jnp.float32) for a in (*jnp.split(gate_up, 2, axis=-1), gradient))
-  share = jax.nn.sigmoid(gate)
-  halves = (gradient * up * share * (1 + gate * (1 - share)), gradient * gate * share)
-  return (jnp.concatenate([half.astype(gate_up.dtype) for half in halves], axis=-1),)
-
-
-swiglu.defvjp(lambda gate_up: (swiglu(gate_up), gate_up), _swiglu_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,28 +61,29 @@ def exchange_and_apply(
   exchange: Exchange,
   rows: Float[Array, "R D"],
   sizes: Int[Array, " E"],
-  gate_up: Float[Array, "e D W"],
+  gate: Float[Array, "e D F"],
+  up: Float[Array, "e D F"],
   down: Float[Array, "e D F"],
 ) -> Float[Array, "R D"]:
   """`apply_experts` (`transposed`) of E experts, e of which each device of an axis holds, in order; in a shard_map."""
-  queue = _queue(exchange, rows, sizes, gate_up)
+  queue = _queue(exchange, rows, sizes, gate)
   shared = queue.share(rows)
 
   def step(i, out):
     groups, block = queue.fetch(i, shared)
-    return queue.put(i, out, apply_experts(block, groups, gate_up, down, transposed=True))
+    return queue.put(i, out, apply_experts(block, groups, gate, up, down, transposed=True))
 
   return queue.collect(_fold(queue, step, queue.empty(rows)))
 
 
-def _forward(exchange, rows, sizes, gate_up, down):
-  return exchange_and_apply(exchange, rows, sizes, gate_up, down), (rows, sizes, gate_up, down)
+def _forward(exchange, rows, sizes, *weights):
+  return exchange_and_apply(exchange, rows, sizes, *weights), (rows, sizes, *weights)
 
 
 def _backward(exchange, saved, gradient):
   """Blocks are fetched and computed again: what a block needs for its gradient is there for one block at a time."""
-  rows, sizes, gate_up, down = saved
-  queue = _queue(exchange, rows, sizes, gate_up)
+  rows, sizes, *weights = saved
+  queue = _queue(exchange, rows, sizes, weights[0])
   if exchange.kind == "alike":  # what the sum over the axis owes each of its terms
     gradient = jax.lax.psum(gradient, exchange.axis)
   shared, shared_gradient = queue.share(rows), queue.share(gradient)
@@ -110,17 +95,16 @@ def _backward(exchange, saved, gradient):
     _, pull = jax.vjp(
       lambda block, *weights: apply_experts(block, groups, *weights, transposed=True),
       block,
-      gate_up,
-      down,
+      *weights,
     )
     to_block, *more = pull(block_gradient)
-    to_weights = more if to_weights == [None, None] else [a + b for a, b in zip(to_weights, more)]
+    to_weights = [a + b for a, b in zip(to_weights, more)] if to_weights else more
     return queue.put(i, to_rows, to_block), *to_weights
 
-  to_rows, to_gate_up, to_down = _fold(queue, step, (queue.empty(rows), None, None))
+  to_rows, *to_weights = _fold(queue, step, (queue.empty(rows),))
   if exchange.kind != "alike":
     to_rows = queue.collect(to_rows)
-  return to_rows, None, to_gate_up, to_down
+  return to_rows, None, *to_weights
 
 
 exchange_and_apply.defvjp(_forward, _backward)
@@ -131,9 +115,9 @@ def _fold(queue, step, carry):
   return jax.lax.fori_loop(1, queue.num_blocks, step, step(0, carry))
 
 
-def _queue(exchange: Exchange, rows, sizes, gate_up):
+def _queue(exchange: Exchange, rows, sizes, gate):
   kind = _ByAddress if exchange.kind == "ragged_all_to_all" else _ByGathering
-  return kind(exchange, rows.shape[0], sizes, gate_up.shape[0])
+  return kind(exchange, rows.shape[0], sizes, len(gate))
 
 
 class _ByGathering:

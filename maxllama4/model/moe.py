@@ -114,10 +114,10 @@ class RoutedAndSharedMoE(nnx.Module):
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     num_experts, features = config.num_local_experts, config.intermediate_size
-    # Gate and up side by side, each split alike.
-    shape = (num_experts, config.hidden_size, 2, features)
+    # Gate, then up. Not side by side along a row: on a mesh each is split alike.
+    shape = (num_experts, 2, config.hidden_size, features)
     self.router = Router(config, rngs=rngs)
-    self.gate_up = weight(rngs, shape, ("experts", "embed", None, "ffn"), config)
+    self.gate_up = weight(rngs, shape, ("experts", None, "embed", "ffn"), config)
     shape = (num_experts, features, config.hidden_size)
     self.down = zeros(shape, ("experts", "ffn", "embed"), config)
     self.shared_expert = GatedMLP(config, features, rngs=rngs)
@@ -142,19 +142,14 @@ def route(
   x: Float[Array, "B T D"],
   experts: Int[Array, "B T C"],
   scores: Float[Array, "B T C"],
-  gate_up: Float[Array, "E D 2 F"],
+  gate_up: Float[Array, "E 2 D F"],
   down: Float[Array, "E F D"],
 ) -> Float[Array, "B T D"]:
   """The sum of each token's experts, in the dtype of `x`. Choices outside 0..E-1 (padding) give zero."""
-  gate_up, down = _flat(gate_up.astype(x.dtype)), down.astype(x.dtype)
+  weights = [weight.astype(x.dtype) for weight in (gate_up[:, 0], gate_up[:, 1], down)]
   return _route(
-    x, experts, scores, len(down), lambda rows, sizes: apply_experts(rows, sizes, gate_up, down)
+    x, experts, scores, len(down), lambda rows, sizes: apply_experts(rows, sizes, *weights)
   )
-
-
-def _flat(gate_up: Float[Array, "E D 2 F"]) -> Float[Array, "E D W"]:
-  """Gate and up side by side."""
-  return gate_up.reshape(*gate_up.shape[:2], -1)
 
 
 def _route(x, experts, scores, num_experts: int, apply):
@@ -201,14 +196,13 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
   def local(x, experts, scores, gate_up, down):
     # Laid out as the products want it before the gather: after it, that would be a copy of a whole layer. What is
     # gathered along its last dimension is such a copy, too.
-    axes = ("experts", "embed", "ffn")
-    gate_up = gather_embed(context, _flat(gate_up), axes, x.dtype)
-    down = gather_embed(context, down.swapaxes(1, 2), axes, x.dtype)
+    parts, axes = (gate_up[:, 0], gate_up[:, 1], down.swapaxes(1, 2)), ("experts", "embed", "ffn")
+    weights = [gather_embed(context, part, axes, x.dtype) for part in parts]
 
     def apply(rows, sizes):
       if exchange is None:
-        return apply_experts(rows, sizes, gate_up, down, transposed=True)
-      return exchange_and_apply(exchange, rows, sizes, gate_up, down)
+        return apply_experts(rows, sizes, *weights, transposed=True)
+      return exchange_and_apply(exchange, rows, sizes, *weights)
 
     y = _route(x, experts, scores, num_experts, apply)
     return jax.lax.psum(y, sum_axes) if sum_axes else y
@@ -221,7 +215,7 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
       tokens,
       tokens,
       tokens,
-      context.spec(("experts", "embed", None, "ffn")),
+      context.spec(("experts", None, "embed", "ffn")),
       context.spec(("experts", "ffn", "embed")),
     ),
     out_specs=tokens,

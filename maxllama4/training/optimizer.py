@@ -115,7 +115,7 @@ def matrix_of(axes: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumber
   """Which dims of an array are a matrix's inputs and outputs, for Muon; None for what AdamW updates.
 
   Every dim other than `embed`, and stacks of layers or experts, is the other side of the matrix. Gate and up of an
-  expert, side by side without a name, are matrices of their own. AdamW's are vectors, and whatever leads into the
+  expert, along a dim without a name, are matrices of their own. AdamW's are vectors, and whatever leads into the
   network or out of it: embedding, head, router, patches, projector.
   """
   others = tuple(i for i, name in enumerate(axes) if name in ("heads", "kv_heads", "ffn"))

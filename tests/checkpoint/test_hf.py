@@ -84,7 +84,7 @@ def test_layouts_are_those_of_the_files():
   gate_up = np.asarray(arrays[f"{experts}/gate_up"])
   assert np.array_equal(
     file["model.layers.1.feed_forward.experts.gate_up_proj"],
-    np.concatenate([gate_up[:, :, 0], gate_up[:, :, 1]], axis=-1),
+    np.concatenate([gate_up[:, 0], gate_up[:, 1]], axis=-1),
   )
   head = np.asarray(arrays["head/weight"])
   assert np.array_equal(file["lm_head.weight"], head.T)

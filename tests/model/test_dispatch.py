@@ -46,7 +46,7 @@ def choices_of(spread: str) -> np.ndarray:
 @functools.cache
 def arrays():
   keys = jax.random.split(jax.random.key(0), 5)
-  shapes = ((B, T, D), (B, T, C), (E, D, 2, F), (E, F, D), (B, T, D))
+  shapes = ((B, T, D), (B, T, C), (E, 2, D, F), (E, F, D), (B, T, D))
   return [0.3 * jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
 
 

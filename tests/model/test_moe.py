@@ -58,7 +58,7 @@ def dense_route(x, experts, scores, gate_up, down):
   """Every expert on every token, kept where chosen: what `route` is, without sorting."""
   chosen = jax.nn.one_hot(experts, gate_up.shape[0]) * scores[..., None]  # B T C E
   z = jnp.einsum("BTD,BTCE->EBTCD", x, chosen)
-  hidden = jnp.einsum("EBTCD,EDGF->EBTCGF", z, gate_up)
+  hidden = jnp.einsum("EBTCD,EGDF->EBTCGF", z, gate_up)
   hidden = jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]
   return jnp.einsum("EBTCF,EFD->BTD", hidden, down)
 

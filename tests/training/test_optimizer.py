@@ -113,7 +113,7 @@ def matrices_of(path, array):
   if name == "attention/out":
     return [array.reshape(-1, 16)]
   if name == "feed_forward/gate_up":
-    return [array[e, :, side] for e in range(4) for side in range(2)]
+    return [array[e, side] for e in range(4) for side in range(2)]
   if array.ndim == 3:
     return list(array)
   return [array]
