@@ -39,8 +39,10 @@ from maxllama4.settings import (
   to_plain,
 )
 
-REMAT_POLICIES = ("none", "full", "matmuls", "attention")
+GROUPED_MATMULS = ("auto", "megablox", "ragged_dot", "tokamax", "blockwise")
+EXPERTS_DISPATCHES = ("auto", "ring", "ragged_all_to_all")
 ATTENTION_KERNELS = ("auto", "splash", "cudnn", "blockwise", "reference")
+REMAT_POLICIES = ("none", "full", "offload", "matmuls", "attention")
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 # Which mesh axes each logical axis is split over, unless `mesh.rules` says otherwise.
 DEFAULT_RULES = {
@@ -69,7 +71,10 @@ _ARRAYS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """How many devices lie along each mesh axis; one axis may be -1, all devices that the others leave.
+  """How many devices of a slice lie along each mesh axis; one axis may be -1, all of them that the others leave.
+
+  A slice is a set of devices with a fast network of their own. `dcn_AXIS` says how many slices the axis spans besides,
+  across the network of the data centre; the whole axis has AXIS x dcn_AXIS devices, and so counts everywhere else.
 
   `rules` is the one table from logical axis names to mesh axes (a name, a list of names, or null); a rule that is not
   given is the one of `DEFAULT_RULES`.
@@ -80,6 +85,11 @@ class MeshConfig:
   expert: int = 1
   tensor: int = 1
   context: int = 1
+  dcn_data: int = 1
+  dcn_fsdp: int = 1
+  dcn_expert: int = 1
+  dcn_tensor: int = 1
+  dcn_context: int = 1
   rules: dict[str, str | tuple[str, ...] | None] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
@@ -96,6 +106,7 @@ class MeshConfig:
     require(
       len(rest) <= 1, f"{' and '.join(rest)}: only one axis can be -1; give the others a size."
     )
+    positive("mesh", self, " ".join(f"dcn_{axis}" for axis in MESH_AXES))
     for name in LOGICAL_AXES:
       axes, single = self.axes_of(name), name in ("experts", "length", "kv_heads")
       require(
@@ -115,17 +126,38 @@ class MeshConfig:
     axes = self.rules[logical]
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
+  def slices_along(self, axis: str) -> int:
+    """How many slices the mesh axis `axis` spans."""
+    return getattr(self, f"dcn_{axis}")
+
+  @property
+  def num_slices(self) -> int:
+    """How many slices the mesh needs."""
+    return math.prod(map(self.slices_along, MESH_AXES))
+
+  @property
+  def known_sizes(self) -> dict[str, int]:
+    """Whole sizes of the axes; -1 counts as 1 in a slice, for how many devices there will be is not known."""
+    return {axis: max(1, getattr(self, axis)) * self.slices_along(axis) for axis in MESH_AXES}
+
   def resolve(self, num_devices: int) -> dict[str, int]:
-    """Axis sizes on `num_devices` devices, -1 filled in. Raises: ConfigError when they do not multiply to that."""
-    sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
-    fixed = math.prod(size for size in sizes.values() if size != -1)
+    """Whole sizes of the axes on `num_devices` devices of all slices, -1 filled in.
+
+    Raises: ConfigError when they do not multiply to that.
+    """
+    sizes, slices = {axis: getattr(self, axis) for axis in MESH_AXES}, self.num_slices
+    fixed = math.prod(self.known_sizes.values())
     rest = num_devices // fixed if -1 in sizes.values() else 1
+    spanned = {f"dcn_{a}": self.slices_along(a) for a in MESH_AXES if self.slices_along(a) > 1}
     require(
       fixed * rest == num_devices,
-      f"mesh {sizes} cannot be laid over {num_devices} devices: the axes that are set multiply to {fixed}; change"
-      " them, or set one to -1 to take all that are left.",
+      f"mesh {sizes | spanned} cannot be laid over {num_devices} devices: the axes that are set multiply to {fixed}"
+      f"{f' ({fixed // slices} in each of {slices} slices)' if spanned else ''}; change them, or set one to -1 to take"
+      " all that are left.",
     )
-    return {axis: rest if size == -1 else size for axis, size in sizes.items()}
+    return {
+      axis: (rest if size == -1 else size) * self.slices_along(axis) for axis, size in sizes.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,6 +240,22 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+  """How layers compute what they can compute in several ways. `auto` goes by the devices and the shapes."""
+
+  grouped_matmul: str = "auto"  # the experts' products: megablox, ragged_dot, tokamax or blockwise
+  experts_dispatch: str = "auto"  # rows to their experts: ring, or ragged_all_to_all
+  expert_capacity_factor: float = (
+    0.0  # of an even share, what an expert takes of a row of tokens; 0: all
+  )
+
+  def __post_init__(self):
+    one_of("kernels.grouped_matmul", self.grouped_matmul, GROUPED_MATMULS)
+    one_of("kernels.experts_dispatch", self.experts_dispatch, EXPERTS_DISPATCHES)
+    not_negative("kernels", self, "expert_capacity_factor")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
   """AdamW (or Muon for matrices), its schedule and clipping."""
 
@@ -225,9 +273,16 @@ class OptimizerConfig:
   eps: float = 1e-8
   weight_decay: float = 0.1  # on matrices; vectors and embeddings are not decayed
   max_gradient_norm: float = 1.0  # global norm; 0: no clipping
+  state_dtype: str | None = None  # what moments are kept in between steps; null: param_dtype
+  state_memory: str = (
+    "device"  # where they are kept between steps; host: in its memory, page-locked
+  )
 
   def __post_init__(self):
     one_of("optimizer.name", self.name, ("adamw", "muon"))
+    one_of("optimizer.state_memory", self.state_memory, ("device", "host"))
+    if self.state_dtype is not None:
+      one_of("optimizer.state_dtype", self.state_dtype, ("float32", "bfloat16"))
     one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
     positive("optimizer", self, "learning_rate eps")
     if self.embedding_learning_rate is not None:
@@ -241,6 +296,12 @@ class OptimizerConfig:
     for name in ("b1", "b2"):
       value = getattr(self, name)
       require(0 <= value < 1, f"optimizer.{name}={value} must be at least 0 and below 1.")
+      # A bfloat16 times a number nearer to 1 than this rounds to itself.
+      require(
+        self.state_dtype != "bfloat16" or 1 - value > 2**-8,
+        f"optimizer.{name}={value} would never let a moment of optimizer.state_dtype=bfloat16 fall; set it to at most"
+        " 0.996, or the other to float32.",
+      )
     for name in ("decay_fraction", "final_fraction"):
       value = getattr(self, name)
       require(0 <= value <= 1, f"optimizer.{name}={value} must be between 0 and 1.")
@@ -334,6 +395,7 @@ class Config:
   data: DataConfig
   training: TrainingConfig
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  kernels: KernelsConfig = dataclasses.field(default_factory=KernelsConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
   distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
@@ -345,7 +407,7 @@ class Config:
   run_dir: str
 
   def __post_init__(self):
-    check_mesh_divides(self, {axis: max(1, getattr(self.mesh, axis)) for axis in MESH_AXES})
+    check_mesh_divides(self, self.mesh.known_sizes)
     for name in ("run_dir", "compilation_cache"):
       not_empty(name, getattr(self, name))
     self._check_profile()
@@ -375,7 +437,7 @@ class Config:
 
 
 def check_mesh_divides(config: Config, sizes: dict[str, int]) -> None:
-  """Checks that every dimension that the mesh splits can be split evenly.
+  """Checks that every dimension that the mesh splits can be split evenly; `sizes` are those of whole axes.
 
   Raises: ConfigError naming the dimension, the mesh axes and both numbers.
   """
@@ -399,9 +461,16 @@ def check_mesh_divides(config: Config, sizes: dict[str, int]) -> None:
     require(
       size % parts == 0,
       f"{path}={size} cannot be split evenly into {parts} parts ("
-      + " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes)
+      + " x ".join(_spelt(config.mesh, axis, sizes[axis]) for axis in axes)
       + "); change one of them.",
     )
+
+
+def _spelt(mesh: MeshConfig, axis: str, size: int) -> str:
+  """The settings that make the whole axis `size` long."""
+  slices = mesh.slices_along(axis)
+  spanned = f" x mesh.dcn_{axis}={slices}" if slices > 1 else ""
+  return f"mesh.{axis}={size // slices}{spanned}"
 
 
 # Reading: YAML and key=value to a tree of plain values, then to the dataclasses above.

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -43,6 +44,25 @@ class MeshContext:
   def size(self, logical: str) -> int:
     """In how many parts the mesh splits `logical`."""
     return math.prod(self.mesh.shape[axis] for axis in self.axes_of(logical))
+
+  def scatter_phases(self, axis: str) -> list[list[list[int]] | None]:
+    """Groups of places along the mesh axis `axis` over which sums are scattered, phase by phase; None: all at once.
+
+    XLA scatters sums, and gathers, over at most two dimensions of a TPU's torus; over three it adds up everything on
+    every chip (for a gather: zeros and each chip's part), twice the bytes. So such an axis goes in two phases: first between places that are a run apart, then within a run of
+    neighbours along one dimension.
+    """
+    number = self.mesh.axis_names.index(axis)
+    line = np.moveaxis(self.mesh.devices, number, -1).reshape(-1, self.mesh.devices.shape[number])[
+      0
+    ]
+    places = np.array([getattr(device, "coords", ()) for device in line])
+    if (places != places[:1]).any(0).sum() < 3:
+      return [None]
+    runs = [n for n in range(2, line.size) if line.size % n == 0]
+    run = max(n for n in runs if n == 2 or (places[:n] != places[:1]).any(0).sum() < 2)
+    grid = np.arange(line.size).reshape(-1, run)
+    return [grid.T.tolist(), grid.tolist()]
 
 
 _CONTEXT: contextvars.ContextVar[MeshContext | None] = contextvars.ContextVar(
@@ -92,6 +112,38 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   if context is None:
     return x
   return jax.lax.with_sharding_constraint(x, context.sharding(axes))
+
+
+def gather_embed(
+  context: MeshContext, weight: jax.Array, axes: tuple[str | None, ...], dtype: Any
+) -> jax.Array:
+  """A device's part of `weight` in `dtype`, whole along the dimension that `axes` call `embed`; for use in `shard_map`.
+
+  The cast comes before the gather, so that half as much is sent; and the gradient is scattered as it is summed, in
+  `dtype`, too.
+  """
+  weight, dim = weight.astype(dtype), axes.index("embed")
+  for axis in reversed(context.axes_of("embed")):
+    weight = _gather(weight, axis, dim, context.scatter_phases(axis))
+  return weight
+
+
+def _gather(weight, axis, dim, phases):
+  @jax.custom_vjp
+  def gather(weight):
+    for groups in reversed(phases):
+      weight = jax.lax.all_gather(weight, axis, axis=dim, tiled=True, axis_index_groups=groups)
+    return weight
+
+  def scatter(_, gradient):
+    for groups in phases:
+      gradient = jax.lax.psum_scatter(
+        gradient, axis, scatter_dimension=dim, axis_index_groups=groups, tiled=True
+      )
+    return (gradient,)
+
+  gather.defvjp(lambda weight: (gather(weight), None), scatter)
+  return gather(weight)
 
 
 def weight(

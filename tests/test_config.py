@@ -228,7 +228,7 @@ def test_a_number_out_of_range_is_named_with_its_value(path, override):
     ("data.source=txt", "text, synthetic, tfds"),
     ("optimizer.schedule=cos", "cosine, linear, constant, wsd"),
     ("optimizer.name=adam", "adamw"),
-    ("training.remat=all", "none, full, matmuls, attention"),
+    ("training.remat=all", "none, full, offload, matmuls, attention"),
   ],
 )
 def test_a_value_outside_its_choices_is_told_them(path, override, choices):

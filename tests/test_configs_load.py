@@ -97,6 +97,7 @@ READ_OTHERWISE = {
   "model.max_position_embeddings",  # the longest sequence_length
   *("model.boi_token_index", "model.eoi_token_index"),  # kept for exports
   *("mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "mesh.context"),
+  *("mesh.dcn_data", "mesh.dcn_fsdp", "mesh.dcn_expert", "mesh.dcn_tensor", "mesh.dcn_context"),
 }
 
 

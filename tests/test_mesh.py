@@ -33,6 +33,7 @@ MESHES = (
   {"fsdp": 2, "tensor": 2, "context": 2},
   {"expert": 4, "tensor": 2},
   {"expert": 2, "context": 4},
+  {"dcn_data": 2, "fsdp": 2, "tensor": 2},
 )
 TOLERANCE = 1e-5
 
@@ -119,3 +120,84 @@ def test_axes_stand_in_one_order_and_the_compiler_places_what_is_not_said():
   )  # fmt: skip
   assert mesh.axis_names == MESH_AXES
   assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+# Several slices
+
+
+@pytest.mark.parametrize(
+  ("sizes", "spanning"),
+  [
+    ({"dcn_data": 2, "fsdp": 4}, "data"),
+    ({"dcn_fsdp": 2, "fsdp": -1}, "fsdp"),
+    ({"dcn_expert": 2, "expert": 2, "tensor": 2}, "expert"),
+    ({"dcn_tensor": 2, "fsdp": 4}, "tensor"),
+    ({"dcn_context": 2, "context": 2, "fsdp": 2}, "context"),
+  ],
+  ids=lambda value: name_of(value) if isinstance(value, dict) else value,
+)
+def test_only_the_axis_that_spans_slices_leads_from_one_to_the_other(sizes, spanning):
+  """Eight CPU devices as two slices: devices 0 to 3 and 4 to 7."""
+  mesh = build_mesh(run_on(MeshConfig(**{"fsdp": 1} | sizes)))
+  slices = np.vectorize(lambda device: device.id // 4)(mesh.devices)
+  assert mesh.devices.size == 8 and set(slices.flat) == {0, 1}
+  for place, axis in enumerate(MESH_AXES):
+    if axis == spanning:  # the first half of the axis is in the first slice
+      halves = np.split(slices, 2, axis=place)
+      assert [set(half.flat) for half in halves] == [{0}, {1}]
+    else:
+      assert np.all(slices == slices.take([0], axis=place))
+
+
+class Chip:
+  """Of a device, what says where it is."""
+
+  def __init__(self, platform, number, slice_index):
+    self.platform, self.device_kind, self.id = platform, platform, number
+    self.process_index, self.slice_index = 0, slice_index
+
+
+def test_real_slices_are_told_apart_by_what_their_devices_say():
+  chips = [Chip("gpu", number, slice_index=number % 2) for number in range(8)]
+  mesh = build_mesh(run_on(MeshConfig(fsdp=2, tensor=2, dcn_data=2)), chips)
+  assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {1}]
+
+
+@pytest.mark.parametrize(
+  ("platform", "slices", "sizes"),
+  [
+    ("tpu", 2, {"fsdp": 8}),
+    ("tpu", 1, {"dcn_data": 2, "fsdp": 4}),
+    ("gpu", 4, {"dcn_data": 2, "fsdp": 4}),
+  ],
+)
+def test_another_number_of_slices_than_the_mesh_spans_is_an_error_with_both_numbers(
+  platform, slices, sizes
+):
+  chips = [Chip(platform, number, number % slices) for number in range(8)]
+  mesh = MeshConfig(**sizes)
+  with pytest.raises(ConfigError, match=f"spans {mesh.num_slices} slice.* in {slices};"):
+    build_mesh(run_on(mesh), chips)
+
+
+def test_gpus_of_several_machines_may_be_one_slice():
+  chips = [Chip("gpu", number, slice_index=number // 4) for number in range(8)]
+  assert build_mesh(run_on(MeshConfig(fsdp=8)), chips).shape["fsdp"] == 8
+
+
+@pytest.mark.parametrize("sizes", [{"dcn_data": 3}, {"dcn_data": 2, "tensor": 3}])
+def test_devices_that_do_not_divide_into_the_slices_are_an_error(sizes):
+  model = dataclasses.replace(
+    MODEL, vocab_size=36, intermediate_size=24, num_attention_heads=6, num_key_value_heads=6
+  )
+  config = tiny_run(model, mesh=MeshConfig(**sizes), batch_size=12, sequence_length=8)
+  with pytest.raises(ConfigError, match=r"over 8 devices: .* in each of [23] slices"):
+    build_mesh(config)
+
+
+def test_a_dimension_that_whole_axes_cannot_split_names_both_settings():
+  with pytest.raises(
+    ConfigError, match=r"hidden_size=20 .* 8 parts \(mesh.fsdp=4 x mesh.dcn_fsdp=2"
+  ):
+    model = dataclasses.replace(MODEL, hidden_size=20)
+    tiny_run(model, mesh=MeshConfig(fsdp=4, dcn_fsdp=2), sequence_length=8)

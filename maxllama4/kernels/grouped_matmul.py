@@ -1,12 +1,19 @@
 """Rows sorted by group, each group times its own matrix: the products of a mixture of experts.
 
-`jax.lax.ragged_dot` is native on TPU; on a CPU it multiplies every row by every matrix. `blockwise` below walks over the
-groups instead and multiplies blocks of rows, so its work follows the rows that are there.
+`jax.lax.ragged_dot` multiplies every row by every matrix on a CPU and on a GPU, and for one of its gradients on a TPU.
+`blockwise` below walks over the groups instead and multiplies blocks of rows, so its work follows the rows that are
+there; megablox.py does so on a TPU, and the library tokamax, if it is there, on a GPU.
 """
+
+import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from maxllama4.kernels.choice import current_choice
+from maxllama4.kernels.megablox import LANES, megablox
 
 # Rows a block, largest first: a group is cut greedily, so few calls do most of the work and little is computed in vain.
 BLOCKS = (512, 320, 192, 128, 72, 40)
@@ -14,16 +21,58 @@ BLOCKS = (512, 320, 192, 128, 72, 40)
 FEW_ROWS = 32
 
 
+# Kinds that do not run everywhere, with the platforms that they run on.
+PLATFORMS = {"megablox": ("tpu",), "tokamax": ("tpu", "gpu")}
+
+
 def grouped_matmul(
-  rows: Float[Array, "R D"], matrices: Float[Array, "E D F"], sizes: Int[Array, " E"]
+  rows: Float[Array, "R D"],
+  matrices: Float[Array, "E _ _"],
+  sizes: Int[Array, " E"],
+  transposed: bool = False,
 ) -> Float[Array, "R F"]:
   """rows[i] @ matrices[e], where e is the group that row i lies in: groups are consecutive, `sizes` rows each.
 
-  Rows beyond the sum of `sizes` give zeros. A group without rows gets a zero gradient. Result in the dtype of `rows`.
+  Matrices are [E, D, F], or [E, F, D] if `transposed`. Rows beyond the sum of `sizes` give anything. A group without rows
+  gets a zero gradient. Result in the dtype of `rows`.
   """
-  return jax.lax.platform_dependent(
-    rows, matrices, sizes, cpu=blockwise, default=jax.lax.ragged_dot
-  )
+  kind = current_choice().grouped_matmul
+  if kind != "auto":
+    return _product_by(kind, transposed)(rows, matrices, sizes)
+  by_platform = {
+    platform: _product_by(automatic(platform, matrices.shape), transposed)
+    for platform in ("cpu", "tpu", "cuda", "rocm")
+  }
+  return jax.lax.platform_dependent(rows, matrices, sizes, **by_platform)
+
+
+def automatic(platform: str, shape: tuple[int, int, int]) -> str:
+  """The kind that `auto` stands for, for matrices [E, D, F] of `shape`; reasons in docs/decisions/0009."""
+  if platform == "tpu":
+    return "megablox" if all(size % LANES == 0 for size in shape[1:]) else "ragged_dot"
+  return "tokamax" if platform == "cuda" and has_tokamax() else "blockwise"
+
+
+def has_tokamax() -> bool:
+  """Whether the library is installed."""
+  return importlib.util.find_spec("tokamax") is not None
+
+
+def _product_by(kind: str, transposed: bool):
+  if kind == "megablox":
+    return functools.partial(megablox, transposed=transposed)
+  product = {"blockwise": blockwise, "ragged_dot": jax.lax.ragged_dot, "tokamax": _tokamax}[kind]
+  if not transposed:
+    return product
+  return lambda rows, matrices, sizes: product(rows, matrices.swapaxes(1, 2), sizes)
+
+
+def _tokamax(rows, matrices, sizes):
+  import tokamax
+
+  product = tokamax.ragged_dot(rows, matrices, sizes, preferred_element_type=rows.dtype)
+  inside = jnp.arange(rows.shape[0]) < sizes.sum()
+  return jnp.where(inside[:, None], product, 0)
 
 
 @jax.custom_vjp

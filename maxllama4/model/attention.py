@@ -10,11 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 from maxllama4.config import ModelConfig
 from maxllama4.kernels.attention import attend, attention, choose_kernel, obstacle
 from maxllama4.model.kv_cache import EMPTY, LayerCache, store_prompt, store_step
-from maxllama4.model.linear import project
+from maxllama4.model.linear import column_parallel, row_parallel
 from maxllama4.model.norms import rms_normalize
 from maxllama4.model.rope import half_split, rope_tables, rotate
 from maxllama4.settings import require
-from maxllama4.sharding import constrain, current_mesh, current_platform, weight, zeros
+from maxllama4.sharding import current_mesh, current_platform, weight, zeros
 
 
 @jax.tree_util.register_dataclass
@@ -199,7 +199,7 @@ class Attention(nnx.Module):
     else:
       y = self_attend(q, k, v, sequences, self.chunk_size, self.config)
       cache = None if cache is None else store_prompt(cache, k, v, sequences.valid)
-    return jnp.einsum("BTNH,NHD->BTD", y, self.out.astype(x.dtype)), cache
+    return row_parallel(y, self.out.get_value(), ("heads", None, "embed")), cache
 
   def project(
     self, x: Float[Array, "B T D"], sequences: Sequences
@@ -209,15 +209,14 @@ class Attention(nnx.Module):
     weights = [self.query.get_value(), self.key.get_value(), self.value.get_value()]
     if self.uses_rope:
       weights[:2] = [half_split(weight) for weight in weights[:2]]
-    q, k, v = (project(x, weight) for weight in weights)
+    heads = ("heads", "kv_heads", "kv_heads")
+    q, k, v = column_parallel(x, weights, [("embed", name, None) for name in heads])
     if self.uses_rope:
       q, k = (rotate(z, sequences.cos, sequences.sin) for z in (q, k))
       if config.use_qk_norm:
         q, k = (rms_normalize(z, config.rms_norm_eps) for z in (q, k))
     elif config.attn_temperature_tuning:
       q = (q * temperature(sequences.positions, config)[:, :, None, None]).astype(q.dtype)
-    q = constrain(q, ("batch", "length", "heads", None))
-    k, v = (constrain(z, ("batch", "length", "kv_heads", None)) for z in (k, v))
     return q, k, v
 
 

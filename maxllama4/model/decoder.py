@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from maxllama4.config import LayerKind, ModelConfig
@@ -14,10 +15,16 @@ from maxllama4.model.mlp import GatedMLP
 from maxllama4.model.moe import RoutedAndSharedMoE, RouterStatistics
 from maxllama4.model.norms import RMSNorm
 
-# What a layer keeps for its backward pass, by name: everything; nothing but its input; the matmuls of weights; the
-# attention's output.
+# What a layer keeps for its backward pass besides its input, by name: nothing; nothing, and the input goes to the host's
+# memory; the matmuls of weights; the attention's output.
 _POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
+  "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=["layer_input"],
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
   "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   "attention": jax.checkpoint_policies.save_only_these_names("attention"),
 }
@@ -42,6 +49,7 @@ class Llama4DecoderLayer(nnx.Module):
     self, x: Float[Array, "B T D"], sequences: Sequences, cache: LayerCache | None = None
   ) -> tuple[Float[Array, "B T D"], RouterStatistics | None, LayerCache | None]:
     """The residual stream after this layer, its routing statistics (None when dense), and its cache."""
+    x = checkpoint_name(x, "layer_input")
     y, cache = self.attention(self.input_norm(x), sequences, cache)
     x = x + y
     y = self.post_attention_norm(x)

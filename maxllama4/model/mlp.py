@@ -1,13 +1,12 @@
 """The dense feed-forward network; also the shared expert of a mixture-of-experts layer."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from maxllama4.config import ModelConfig
-from maxllama4.model.linear import project
-from maxllama4.sharding import constrain, weight, zeros
+from maxllama4.model.linear import column_parallel, row_parallel
+from maxllama4.sharding import current_platform, weight, zeros
 
 
 class GatedMLP(nnx.Module):
@@ -19,6 +18,12 @@ class GatedMLP(nnx.Module):
     self.down = zeros((intermediate_size, config.hidden_size), ("ffn", "embed"), config)
 
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    gate, up = project(x, self.gate.get_value()), project(x, self.up.get_value())
-    hidden = constrain(jax.nn.silu(gate) * up, ("batch", "length", "ffn"))
-    return jnp.einsum("BTF,FD->BTD", hidden, self.down.astype(x.dtype))
+    weights = (self.gate.get_value(), self.up.get_value())
+    gate, up = _apart(column_parallel(x, weights, [("embed", "ffn")] * 2))
+    hidden = _apart(jax.nn.silu(gate) * up)
+    return row_parallel(hidden, self.down.get_value(), ("ffn", "embed"))
+
+
+def _apart(x):
+  """`x` and its gradient, each an array of its own: XLA for TPU computes them again for every tile of the next product."""
+  return jax.lax.optimization_barrier(x) if current_platform() == "tpu" else x

@@ -5,16 +5,26 @@ scores of several experts do not compete.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from maxllama4.config import ModelConfig
-from maxllama4.kernels.grouped_matmul import grouped_matmul
+from maxllama4.config import ModelConfig, require
+from maxllama4.kernels.choice import current_choice
+from maxllama4.kernels.grouped_matmul import PLATFORMS, has_tokamax
+from maxllama4.model.dispatch import WIDE, Exchange, apply_experts, exchange_and_apply
 from maxllama4.model.mlp import GatedMLP
-from maxllama4.sharding import MeshContext, current_mesh, weight, zeros
+from maxllama4.sharding import (
+  MeshContext,
+  current_mesh,
+  current_platform,
+  gather_embed,
+  weight,
+  zeros,
+)
 
 
 class RouterBias(nnx.Variable):
@@ -54,7 +64,29 @@ class Router(nnx.Module):
     experts = jax.lax.top_k(biased, self.choices)[1]
     scores = jax.nn.sigmoid(jnp.take_along_axis(logits, experts, axis=-1))
     experts = jnp.where(valid[..., None], experts, logits.shape[-1])
-    return experts, scores, router_statistics(logits, experts, valid)
+    statistics = router_statistics(logits, experts, valid)
+    factor = current_choice().expert_capacity_factor
+    if factor > 0:
+      experts, load = drop_beyond_capacity(experts, logits.shape[-1], factor)
+      statistics = dataclasses.replace(statistics, load=load)
+    return experts, scores, statistics
+
+
+def drop_beyond_capacity(
+  experts: Int[Array, "B T C"], num_experts: int, factor: float
+) -> tuple[Int[Array, "B T C"], Float[Array, " E"]]:
+  """Choices, E where the expert is full already, and how many each expert got.
+
+  Of each row of the batch an expert takes the first `factor` times an even share: what is dropped depends neither on the
+  mesh nor on the other rows. Source: Switch Transformer, arXiv:2101.03961, equation 3.
+  """
+  batch, length, choices = experts.shape
+  capacity = math.ceil(factor * length * choices / num_experts)
+  ids = experts.reshape(batch, -1)
+  chosen = jax.nn.one_hot(ids, num_experts, dtype=jnp.int32)  # B R E
+  kept = chosen * (jnp.cumsum(chosen, 1) <= capacity)
+  ids = jnp.where(kept.any(-1), ids, num_experts)
+  return ids.reshape(experts.shape), kept.sum((0, 1)).astype(jnp.float32)
 
 
 def router_statistics(
@@ -96,8 +128,9 @@ class RoutedAndSharedMoE(nnx.Module):
     """`valid` is False at padding, which is neither routed nor counted."""
     experts, scores, statistics = self.router(x, valid)
     scores = scores.astype(x.dtype)
-    gate_up, down = self.gate_up.astype(x.dtype), self.down.astype(x.dtype)
+    gate_up, down = self.gate_up.get_value(), self.down.get_value()
     context = current_mesh()
+    _check_products()
     if context is None:
       routed = route(x, experts, scores, gate_up, down)
     else:
@@ -112,20 +145,33 @@ def route(
   gate_up: Float[Array, "E D 2 F"],
   down: Float[Array, "E F D"],
 ) -> Float[Array, "B T D"]:
-  """The sum of each token's experts. Choices outside 0..E-1 (padding, other devices' experts) give zero."""
+  """The sum of each token's experts, in the dtype of `x`. Choices outside 0..E-1 (padding) give zero."""
+  gate_up, down = _flat(gate_up.astype(x.dtype)), down.astype(x.dtype)
+  return _route(
+    x, experts, scores, len(down), lambda rows, sizes: apply_experts(rows, sizes, gate_up, down)
+  )
+
+
+def _flat(gate_up: Float[Array, "E D 2 F"]) -> Float[Array, "E D W"]:
+  """Gate and up side by side."""
+  return gate_up.reshape(*gate_up.shape[:2], -1)
+
+
+def _route(x, experts, scores, num_experts: int, apply):
+  """`route` by `apply(rows, sizes)`: rows [R, D] sorted by expert, and how many each has, to rows in the same order."""
   batch, length, dim = x.shape
   choices = experts.shape[-1]
   ids = experts.reshape(-1)
   order = jnp.argsort(ids, stable=True)  # R: sorted place -> row
   inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
-  sizes = jnp.bincount(ids, length=gate_up.shape[0] + 1)[:-1]
+  sizes = jnp.bincount(ids, length=num_experts + 1)[:-1]
 
-  rows = (x[:, :, None] * scores[..., None]).reshape(-1, dim)  # R D
-  rows = permute_rows(rows, order, inverse)
-  hidden = grouped_matmul(rows, gate_up.reshape(*gate_up.shape[:2], -1), sizes)
-  gate, up = jnp.split(hidden, 2, axis=-1)
-  rows = grouped_matmul(jax.nn.silu(gate) * up, down, sizes)
-  return permute_rows(rows, inverse, order).reshape(batch, length, choices, dim).sum(2)
+  # Rows of no expert stand last; what comes back for them, or as their gradient, may be anything.
+  chosen = (experts < num_experts)[..., None]
+  rows = jnp.where(chosen, x[:, :, None] * scores[..., None], 0).reshape(-1, dim)  # R D
+  rows = apply(permute_rows(rows, order, inverse), sizes)
+  rows = permute_rows(rows, inverse, order).reshape(batch, length, choices, dim)
+  return jnp.where(chosen, rows, 0).sum(2)
 
 
 @jax.custom_vjp
@@ -143,28 +189,29 @@ permute_rows.defvjp(
 
 
 def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
-  """`route` with experts spread over a mesh axis: gather the tokens of that axis, apply one's own experts, add up.
+  """`route` on each device's tokens; experts spread over a mesh axis get their rows from all of it (dispatch.py).
 
-  Every device of the experts' axis sees all the tokens of its group ("ring" expert parallelism): shapes are static and
-  nothing is dropped. The features of an expert may be split too; their partial sums are added.
+  The features of an expert may be split, too; their partial sums are added. Weights come in as they are stored and are
+  gathered here, in the dtype of `x`: so their gradients are scattered as they are summed, in that dtype, and no device
+  ever holds the gradient of a whole layer in float32.
   """
-  (expert_axis,) = context.axes_of("experts") or (None,)
-  sum_axes = context.axes_of("ffn")
-  gathers = expert_axis is not None and expert_axis in context.axes_of("batch")
-  local_experts = gate_up.shape[0] // context.size("experts")
+  exchange, sum_axes = _exchange(context), context.axes_of("ffn")
+  num_experts = len(gate_up)
 
   def local(x, experts, scores, gate_up, down):
-    if gathers:
-      x, experts, scores = jax.lax.all_gather((x, experts, scores), expert_axis, tiled=True)
-    if expert_axis is not None:
-      experts = experts - jax.lax.axis_index(expert_axis) * local_experts
-      experts = jnp.where((experts >= 0) & (experts < local_experts), experts, local_experts)
-    y = route(x, experts, scores, gate_up, down)
-    if sum_axes:
-      y = jax.lax.psum(y, sum_axes)
-    if gathers:
-      return jax.lax.psum_scatter(y, expert_axis, tiled=True)
-    return y if expert_axis is None else jax.lax.psum(y, expert_axis)
+    # Laid out as the products want it before the gather: after it, that would be a copy of a whole layer. What is
+    # gathered along its last dimension is such a copy, too.
+    axes = ("experts", "embed", "ffn")
+    gate_up = gather_embed(context, _flat(gate_up), axes, x.dtype)
+    down = gather_embed(context, down.swapaxes(1, 2), axes, x.dtype)
+
+    def apply(rows, sizes):
+      if exchange is None:
+        return apply_experts(rows, sizes, gate_up, down, transposed=True)
+      return exchange_and_apply(exchange, rows, sizes, gate_up, down)
+
+    y = _route(x, experts, scores, num_experts, apply)
+    return jax.lax.psum(y, sum_axes) if sum_axes else y
 
   tokens = context.spec(("batch", "length", None))
   return jax.shard_map(
@@ -174,9 +221,49 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
       tokens,
       tokens,
       tokens,
-      context.spec(("experts", None, None, "ffn")),
-      context.spec(("experts", "ffn", None)),
+      context.spec(("experts", "embed", None, "ffn")),
+      context.spec(("experts", "ffn", "embed")),
     ),
     out_specs=tokens,
     check_vma=False,
   )(x, experts, scores, gate_up, down)
+
+
+def _check_products() -> None:
+  """Raises: ConfigError when the products that are asked for do not run here."""
+  kind, platform = current_choice().grouped_matmul, current_platform() or jax.default_backend()
+  platforms = PLATFORMS.get(kind, (platform,))
+  require(
+    platform in platforms,
+    f"kernels.grouped_matmul={kind} runs on {' and '.join(platforms)} alone, and these devices are {platform}; set"
+    " kernels.grouped_matmul=auto.",
+  )
+  require(
+    kind != "tokamax" or has_tokamax(),
+    "kernels.grouped_matmul=tokamax needs the package tokamax, which is not installed; install it, or set"
+    " kernels.grouped_matmul=auto.",
+  )
+
+
+def _exchange(context: MeshContext) -> Exchange | None:
+  """How rows get to their experts; None where every device has all experts.
+
+  Raises: ConfigError when the way that is asked for does not exist on this mesh.
+  """
+  kind, parts = current_choice().experts_dispatch, context.size("experts")
+  axes = context.axes_of("experts")
+  spread = parts > 1 and axes[0] in context.axes_of("batch")
+  require(
+    kind != "ragged_all_to_all" or spread or parts == 1,
+    "kernels.experts_dispatch=ragged_all_to_all sends tokens along the mesh axis that splits the experts, but"
+    f" mesh.rules.batch={list(context.axes_of('batch'))} splits no tokens over {', '.join(axes)}; add it there, or set"
+    " kernels.experts_dispatch=auto.",
+  )
+  if parts == 1:
+    return None
+  if not spread:
+    return Exchange(axes[0], parts, "alike")
+  if kind == "auto":
+    on_tpu = current_platform() == "tpu"
+    kind = "ragged_all_to_all" if on_tpu and parts >= WIDE else "ring"
+  return Exchange(axes[0], parts, kind)

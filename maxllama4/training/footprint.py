@@ -4,7 +4,7 @@ import math
 
 import jax
 
-from maxllama4.config import MESH_AXES, Config
+from maxllama4.config import Config
 from maxllama4.model.weights import ModelTemplate
 from maxllama4.training.optimizer import make_optimizer
 from maxllama4.training.state import array_of
@@ -13,10 +13,10 @@ from maxllama4.training.state import array_of
 def bytes_per_device(config: Config) -> dict[str, int]:
   """Devices of the configured mesh, and bytes of parameters, optimizer state and gradients on each.
 
-  An axis of -1 counts as 1 here: how many devices there will be is not known.
+  An axis of -1 counts as 1 in each slice here: how many devices there will be is not known.
   """
   template = ModelTemplate(config.model, config.training.frozen)
-  sizes = {axis: max(1, getattr(config.mesh, axis)) for axis in MESH_AXES}
+  sizes = config.mesh.known_sizes
   params = {path: leaf for path, leaf in template.shapes.items() if path in template.trainable}
   optimizer = make_optimizer(config.optimizer, config.training.steps, template)
 

@@ -29,24 +29,6 @@ SAMPLES_FILE = "samples.jsonl"
 SPENT_ON = ("data", "checkpoint", "evaluation", "other")
 MAX_REPORT_SHARE = 0.02  # of a run's time that goes into rewriting its report
 PAUSES = ("evaluation", "other")  # not counted in the seconds of a step
-# Dense bf16 FLOPs a second of one JAX device, by the start of its `device_kind`.
-PEAK_FLOPS = {
-  "TPU v4": 275e12 / 2,  # two devices a chip
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5p": 459e12,
-  "TPU v5": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "TPU7x": 2307e12 / 2,  # two devices a chip
-  "NVIDIA H100": 989e12,
-  "NVIDIA H200": 989e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-  """Peak bf16 FLOPs a second of a device; None where it is not known."""
-  return next((flops for name, flops in PEAK_FLOPS.items() if device_kind.startswith(name)), None)
 
 
 class RunWriter:

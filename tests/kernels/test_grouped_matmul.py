@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxllama4.kernels.grouped_matmul import grouped_matmul
+from maxllama4.kernels.grouped_matmul import automatic, grouped_matmul
+from maxllama4.kernels.megablox import LANES, TILE_BYTES, megablox, product_tiles, row_tile
 
 E, D, F = 5, 6, 7
 ROWS = (
@@ -99,6 +100,65 @@ def test_bfloat16_rows_give_bfloat16_and_sum_their_gradients_in_float32(num_rows
     assert one.dtype == jnp.bfloat16
     # Half a unit in the last of 8 bits, of sums that lost nothing before.
     np.testing.assert_allclose(one.astype(jnp.float32), other, rtol=2**-8, atol=1e-2)
+
+
+def test_transposed_matrices_give_the_same_values_and_gradients():
+  rows, matrices, gradient = inputs(24)
+  sizes = jnp.asarray(spread("skewed", 24), jnp.int32)
+
+  def pulled(transposed, matrices):
+    product = lambda r, m: grouped_matmul(r, m, sizes, transposed)  # noqa: E731
+    y, pull = jax.vjp(product, rows, matrices)
+    return y, *pull(gradient)
+
+  expected = pulled(False, matrices)
+  *found, to_matrices = pulled(True, matrices.swapaxes(1, 2))
+  for one, other in zip((*found, to_matrices.swapaxes(1, 2)), expected, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
+@functools.cache
+def interpreted(transposed: bool):
+  """Megablox in Pallas' interpreter, all sizes by one compilation."""
+
+  def run(rows, matrices, sizes, gradient):
+    product = functools.partial(megablox, transposed=transposed, interpret=True)
+    y, pull = jax.vjp(lambda r, m: product(r, m, sizes), rows, matrices)
+    return y, *pull(gradient)
+
+  return jax.jit(run)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_megablox_gives_the_values_and_gradients_of_a_product_a_group(kind, transposed):
+  rows, matrices, gradient = inputs(200)  # two tiles of rows, the second not full
+  sizes = spread(kind, 200)
+  laid = matrices.swapaxes(1, 2) if transposed else matrices
+  *found, to_matrices = interpreted(transposed)(rows, laid, jnp.asarray(sizes, jnp.int32), gradient)
+  found.append(to_matrices.swapaxes(1, 2) if transposed else to_matrices)
+  for one, other in zip(found, plain(rows, matrices, sizes, gradient), strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+  assert np.all(np.asarray(found[0])[sizes.sum() :] == 0)
+  assert np.all(np.asarray(found[1])[sizes.sum() :] == 0)
+
+
+def test_tiles_of_rows_are_small_beside_a_group_and_all_tiles_fit_into_fast_memory():
+  assert [row_tile(rows, 16) for rows in (16, 8192, 16384, 65536)] == [LANES, LANES, 256, 512]
+  for rows in (128, 256, 512):
+    for contracted, out in ((5120, 16384), (8192, 5120), (16384, 5120), (5120, 8192), (256, 128)):
+      tile = product_tiles(rows, contracted, out, 2)
+      assert tile[0] == rows and tile[1] <= contracted and tile[2] <= out
+      buffers = rows * tile[1] + tile[1] * tile[2] + rows * tile[2]
+      assert 4 * buffers + 4 * rows * tile[2] <= TILE_BYTES
+  # Few rows of a group: its matrix is read once, whole columns at a time.
+  assert product_tiles(128, 5120, 16384, 2) == (128, 5120, 512)
+
+
+def test_what_is_taken_where_nothing_is_said():
+  assert automatic("tpu", (16, 5120, 16384)) == "megablox"
+  assert automatic("tpu", (4, 16, 8)) == "ragged_dot"  # smaller than the tiles of a kernel
+  assert {automatic(platform, (16, 5120, 16384)) for platform in ("cpu", "rocm")} == {"blockwise"}
 
 
 def test_groups_under_vmap_and_grad_keep_apart():

@@ -1,11 +1,19 @@
 """The chunked cross-entropy against the plain one."""
 
+import functools
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny_config, tiny_run
 
-from maxllama4.training.loss import cross_entropy_sums
+from maxllama4.config import MeshConfig
+from maxllama4.mesh import build_mesh
+from maxllama4.sharding import use_mesh
+from maxllama4.training.loss import LANES, cross_entropy_sums
 
 B, T, D, V = 2, 13, 8, 40
 
@@ -98,6 +106,114 @@ def test_no_float32_array_of_the_size_of_all_logits_ever_exists(differentiate):
   ]
   assert max(sizes) < B * length * vocab // 2
   assert max(sizes) >= 16 * vocab  # the walk did reach a chunk's logits
+
+
+# On a mesh
+
+ROWS, LENGTH = 8, 16
+MESHES = {
+  "fsdp": {"fsdp": 8},
+  "tensor": {"tensor": 8},
+  "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
+  "context": {"context": 4, "fsdp": 2},
+  "vocabulary over fsdp": {"fsdp": 4, "tensor": 2, "rules": {"vocab": ("tensor", "fsdp"), "embed": None}},
+  "width over tensor": {"fsdp": 4, "tensor": 2, "rules": {"vocab": None, "embed": ("fsdp", "tensor"), "ffn": None, "heads": None, "kv_heads": None}},
+}  # fmt: skip
+
+
+def whole_inputs():
+  keys = jax.random.split(jax.random.key(1), 4)
+  x = jax.random.normal(keys[0], (ROWS, LENGTH, D))
+  head = jax.random.normal(keys[1], (D, V))
+  targets = jax.random.randint(keys[2], (ROWS, LENGTH), 0, V)
+  return x, head, targets, jax.random.uniform(keys[3], (ROWS, LENGTH))
+
+
+def value_and_gradients(x, head, targets, weights):
+  def loss(x, head):
+    sums = cross_entropy_sums(x, head, targets, weights, 0.3, 4)
+    return 3 * sums[0], sums
+
+  return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(x, head)
+
+
+@functools.cache
+def compiled_on(name):
+  """The loss and its gradients compiled for eight devices, and arguments placed on them."""
+  settings = {"fsdp": 1} | MESHES[name]
+  model = tiny_config(
+    hidden_size=D, vocab_size=V, num_attention_heads=8, num_key_value_heads=8, num_local_experts=8
+  )
+  config = tiny_run(model, mesh=MeshConfig(**settings), sequence_length=LENGTH)
+  arguments = whole_inputs()
+  with use_mesh(build_mesh(config), config.mesh) as context:
+    names = (("batch", "length", None), ("embed", "vocab"), *[("batch", "length")] * 2)
+    shardings = tuple(map(context.sharding, names))
+    placed = jax.device_put(arguments, shardings)
+    gradients = context.sharding(()), shardings[:2]
+    program = jax.jit(lambda *inputs: value_and_gradients(*inputs), out_shardings=gradients)
+    return program.lower(*placed).compile(), placed
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_mesh_changes_neither_sums_nor_gradients(name):
+  compiled, placed = compiled_on(name)
+  expected = jax.jit(value_and_gradients)(*whole_inputs())
+  for one, other in zip(jax.tree.leaves(compiled(*placed)), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def collectives(compiled):
+  """Kind and size, and whether it is inside the loop over chunks, of every collective of a compiled program."""
+  pattern = r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\((.*)"
+  return {
+    (kind, max(map(elements, re.findall(r"\[([\d,]*)\]", shape))), "/while/body" in rest)
+    for shape, kind, rest in re.findall(pattern, compiled.as_text())
+  }
+
+
+def elements(dims):
+  return math.prod(map(int, dims.split(","))) if dims else 1
+
+
+SCALARS = ("all-reduce", 1, False)  # the sums
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  [
+    (
+      "fsdp",
+      {("all-gather", D * LANES, False), ("reduce-scatter", D * LANES // 8, False), SCALARS},
+    ),
+    # A maximum and two sums of the chunk's tokens, one of each row; and the gradient of x, summed over the vocabulary.
+    ("tensor", {("all-reduce", ROWS, True), ("all-reduce", ROWS * LENGTH * D, False)}),
+    (
+      "mixed",  # two rows a device, two tokens of each a chunk; half the vocabulary
+      {
+        ("all-gather", D * LANES, False),
+        ("reduce-scatter", D * LANES // 2, False),
+        ("all-reduce", D * LANES // 2, False),
+        ("all-reduce", 2 * 2, True),
+        ("all-reduce", 2 * LENGTH * D, False),
+        SCALARS,
+      },
+    ),
+  ],
+)
+def test_the_head_is_gathered_once_and_its_gradient_scattered_once_and_its_vocabulary_stays_split(
+  name, expected
+):
+  assert collectives(compiled_on(name)[0]) == expected
+
+
+@pytest.mark.parametrize(
+  ("name", "tokens", "vocab"), [("fsdp", 16, LANES), ("tensor", 128, V // 8)]
+)
+def test_no_array_on_a_device_is_as_large_as_the_logits_of_its_tokens(name, tokens, vocab):
+  shapes = re.findall(r"f32\[([\d,]+)\]", compiled_on(name)[0].as_text())
+  sizes = {elements(dims) for dims in shapes if dims.endswith(f",{vocab}")}
+  assert D * vocab in sizes and max(sizes) < tokens * vocab
 
 
 def equations(jaxpr):

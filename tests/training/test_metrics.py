@@ -10,13 +10,13 @@ import pytest
 from tensorboard_events import events_of
 from tiny import tiny_run
 
+from maxllama4.chips import peak_flops
 from maxllama4.config import ConfigError, ReportingConfig
 from maxllama4.training.metrics import (
   Clock,
   Progress,
   RunWriter,
   check_wandb,
-  peak_flops,
   to_plain,
 )
 

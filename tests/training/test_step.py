@@ -63,7 +63,7 @@ def assert_same(one, other, tolerance=1e-6):
 
 
 @pytest.mark.parametrize(
-  ("gradient_accumulation", "remat"), [(2, "none"), (1, "matmuls"), (4, "full"), (2, "attention")]
+  ("gradient_accumulation", "remat"), [(2, "none"), (1, "matmuls"), (4, "full"), (2, "offload"), (2, "attention")]
 )
 def test_microbatches_and_recomputation_change_no_loss_no_metric_and_no_gradient(
   gradient_accumulation, remat

@@ -1,0 +1,147 @@
+"""Experts spread over devices: the values and gradients of one device, for every way of moving rows and every mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config, tiny_model, tiny_run
+
+from maxllama4.config import ConfigError, MeshConfig
+from maxllama4.kernels.choice import Choice, use_kernels
+from maxllama4.mesh import build_mesh
+from maxllama4.model import dispatch
+from maxllama4.model.moe import (
+  _route_on_mesh,
+  drop_beyond_capacity,
+  route,
+)
+from maxllama4.sharding import MeshContext
+
+E, D, F, B, T, C = 8, 16, 8, 8, 6, 2
+# How tokens choose: at random; all the same two; nobody chooses the experts of the first half; some tokens are padding.
+SPREADS = ("random", "skewed", "half empty", "padding")
+MESHES = {
+  "length and experts": {"fsdp": 1, "expert": 4, "context": 2},
+  "weights and experts": {"fsdp": 2, "expert": 2, "tensor": 2},
+  "tokens not split": {"fsdp": 2, "expert": 4, "rules": {"batch": ("data", "fsdp")}},
+  "no experts": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+def choices_of(spread: str) -> np.ndarray:
+  rng = np.random.default_rng(0)
+  logits = rng.standard_normal((B, T, E))
+  if spread == "skewed":
+    logits[..., [2, 5]] += 100
+  if spread == "half empty":
+    logits[..., : E // 2] -= 100
+  experts = np.argsort(-logits, axis=-1)[..., :C].astype(np.int32)
+  if spread == "padding":
+    experts[rng.random((B, T)) < 0.4] = E
+  return experts
+
+
+@functools.cache
+def arrays():
+  keys = jax.random.split(jax.random.key(0), 5)
+  shapes = ((B, T, D), (B, T, C), (E, D, 2, F), (E, F, D), (B, T, D))
+  return [0.3 * jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+
+
+def gradients(routing):
+  """A function of the choices: the layer's output, and its gradients by tokens, scores and weights."""
+
+  def run(experts, x, scores, gate_up, down, direction):
+    y, pull = jax.vjp(
+      lambda *inputs: routing(inputs[0], experts, *inputs[1:]), x, scores, gate_up, down
+    )
+    return y, *pull(direction)
+
+  return jax.jit(run)
+
+
+@functools.cache
+def expected(spread: str):
+  return _expected()(choices_of(spread), *arrays())
+
+
+@functools.cache
+def _expected():
+  return gradients(route)
+
+
+@functools.cache
+def on_mesh(mesh: str, kind: str):
+  rules = MeshConfig(**MESHES[mesh])
+  model = tiny_config(num_local_experts=E, hidden_size=D, intermediate_size=F)
+  context = MeshContext(build_mesh(tiny_run(model, mesh=rules, sequence_length=T)), rules)
+
+  def routing(*inputs):
+    with use_kernels(Choice(experts_dispatch=kind)):
+      return _route_on_mesh(context, *inputs)
+
+  return gradients(routing)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize(
+  ("mesh", "kind"),
+  [(mesh, "ring") for mesh in MESHES] + [(mesh, "ragged_all_to_all") for mesh in list(MESHES)[:2]],
+)
+def test_values_and_gradients_are_those_of_one_device(mesh, kind, spread):
+  found = on_mesh(mesh, kind)(choices_of(spread), *arrays())
+  for one, other in zip(found, expected(spread), strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+  unchosen = np.bincount(choices_of(spread).ravel(), minlength=E + 1)[:E] == 0
+  for gradient in found[3:]:
+    assert np.all(np.asarray(gradient)[unchosen] == 0)
+
+
+def test_a_block_holds_a_quarter_more_than_an_even_share_and_never_more_than_all_rows():
+  assert dispatch.Exchange("expert", 16, "ring").block(8192) == 10240
+  assert dispatch.Exchange("expert", 2, "ragged_all_to_all").block(4) == 8
+  assert dispatch.Exchange("expert", 4, "alike").block(8192) == 2560
+
+
+def test_sending_to_addresses_is_refused_where_devices_have_the_same_tokens():
+  rules = MeshConfig(**MESHES["tokens not split"])
+  context = MeshContext(build_mesh(tiny_run(tiny_config(), mesh=rules)), rules)
+  with (
+    use_kernels(Choice(experts_dispatch="ragged_all_to_all")),
+    pytest.raises(ConfigError) as error,
+  ):
+    _route_on_mesh(context, *arrays()[:1], choices_of("random"), *arrays()[1:4])
+  assert "kernels.experts_dispatch=ragged_all_to_all" in str(error.value)
+
+
+def test_an_expert_takes_its_capacity_of_a_row_first_come_first_served_and_no_padding():
+  experts = jnp.array([[[0], [0], [2], [0], [2], [1]], [[4], [0], [0], [0], [4], [1]]])
+  kept, load = drop_beyond_capacity(experts, 4, 1.25)  # 1.25 x 6 / 4: two of a row
+  assert kept[..., 0].tolist() == [[0, 0, 2, 4, 2, 1], [4, 0, 0, 4, 4, 1]]
+  assert load.tolist() == [4, 2, 2, 0]
+
+
+def test_the_load_counts_what_capacity_leaves_and_a_dropped_token_gets_the_shared_expert_alone():
+  model = tiny_model(tiny_config(num_local_experts=2)).decoder.layer(1).feed_forward
+  x = jnp.ones((1, 4, 16))  # all choose the same expert
+
+  def run(x):
+    return model(x, jnp.ones((1, 4), bool))
+
+  with use_kernels(Choice(expert_capacity_factor=1.0)):
+    y, statistics = jax.jit(run)(x)
+  assert sorted(statistics.load.tolist()) == [0, 2]
+  np.testing.assert_allclose(y[:, 2:], model.shared_expert(x[:, 2:]), rtol=1e-6, atol=1e-6)
+  uncapped, statistics = jax.jit(lambda x: run(x))(x)
+  assert sorted(statistics.load.tolist()) == [0, 4]
+  np.testing.assert_allclose(y[:, :2], uncapped[:, :2], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["megablox", "tokamax"])
+def test_products_that_these_devices_do_not_have_are_refused(kind):
+  model = tiny_model().decoder.layer(1).feed_forward
+  with use_kernels(Choice(grouped_matmul=kind)), pytest.raises(ConfigError) as error:
+    model(jnp.ones((1, 4, 16)), jnp.ones((1, 4), bool))
+  assert f"kernels.grouped_matmul={kind}" in str(error.value)
