@@ -98,11 +98,12 @@ def self_attend(
   """`attend` of a batch to itself; on a mesh of each device's rows and heads to the keys that they can see."""
   kernel = attention_kernel(sequences.kernel, config, current_platform(), q.shape[1])
   context = current_mesh()
-  (axis,) = (context and context.axes_of("length")) or (None,)
+  is_split = context is not None and context.size("length") > 1
 
   def local(q, k, v, positions, segments):
     keys, offset = (k, v, positions, segments), 0
-    if axis is not None:
+    if is_split:
+      (axis,) = context.axes_of("length")
       keys, offset = _visible_keys(keys, axis, chunk_size, sequences.whole_rows)
     k, v, positions, segments = keys
     starts = run_starts(positions, segments, chunk_size)

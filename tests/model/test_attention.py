@@ -13,7 +13,9 @@ from golden import golden_units
 from tiny import packed_batch, tiny_config, tiny_model, tiny_run
 
 from maxllama4.config import ConfigError, MeshConfig, RopeScaling
+from maxllama4.kernels import attention as kernels
 from maxllama4.mesh import build_mesh
+from maxllama4.model import attention as model_attention
 from maxllama4.model.attention import (
   Sequences,
   attend,
@@ -194,8 +196,21 @@ def test_rows_split_over_devices_fetch_the_keys_that_they_see_and_give_the_same(
 def test_key_heads_that_are_not_split_serve_query_heads_that_are():
   mesh = MeshConfig(fsdp=2, tensor=4, rules={"kv_heads": None})
   arrays = split_rows(False)
-  found = attention_on(mesh, None, False)(*arrays)
-  expected = attention_on(None, None, False, "reference")(*arrays)
+  step = attention_on(mesh, 64, False)
+  assert "[1,320" not in step.as_text()  # rows are whole: none has a chunk of a neighbour in front
+  found, expected = step(*arrays), attention_on(None, 64, False, "reference")(*arrays)
+  for one, other in zip(found, expected, strict=True):
+    valid = arrays[5] > 0
+    np.testing.assert_allclose(one[valid], other[valid], atol=1e-5, rtol=1e-5)
+
+
+def test_splash_gives_the_same_on_a_mesh_that_splits_rows_batch_and_heads(monkeypatch):
+  monkeypatch.setattr(model_attention, "current_platform", lambda: "tpu")
+  interpreted = functools.partial(kernels.splash_attention, interpret=True)
+  monkeypatch.setattr(kernels, "splash_attention", interpreted)
+  arrays = split_rows(False)
+  found = attention_on(MeshConfig(fsdp=2, tensor=2, context=2), 64, False)(*arrays)
+  expected = attention_on(None, 64, False, "reference")(*arrays)
   for one, other in zip(found, expected, strict=True):
     valid = arrays[5] > 0
     np.testing.assert_allclose(one[valid], other[valid], atol=1e-5, rtol=1e-5)
