@@ -16,7 +16,7 @@ class Chip:
   torus_dims: int  # of the interconnect; a chip has two links along each
   peak_flops: float  # dense bf16
   clock_hertz: float  # of the compiler's cycles
-  hbm_bytes: int
+  hbm_bytes: int  # that the compiler gives to programs; it says so when one needs more
   hbm_bytes_per_second: float
   link_bytes_per_second: float  # of one link, in one direction
   dcn_bytes_per_second: float  # out of a slice, a chip's share of its host's cards
@@ -34,11 +34,10 @@ CHIPS = {
     Chip(
       name="v4",
       device_kinds=("TPU v4",),
-      devices=2,
       torus_dims=3,
       peak_flops=275e12,
       clock_hertz=1.05e9,
-      hbm_bytes=32 * 2**30,
+      hbm_bytes=int(30.75 * 2**30),
       hbm_bytes_per_second=1228e9,
       link_bytes_per_second=50e9,
       dcn_bytes_per_second=3.125e9,
@@ -50,7 +49,7 @@ CHIPS = {
       torus_dims=2,
       peak_flops=197e12,
       clock_hertz=1.5e9,
-      hbm_bytes=16 * 2**30,
+      hbm_bytes=int(15.75 * 2**30),
       hbm_bytes_per_second=819e9,
       link_bytes_per_second=50e9,
       dcn_bytes_per_second=3.125e9,
@@ -62,7 +61,7 @@ CHIPS = {
       torus_dims=3,
       peak_flops=459e12,
       clock_hertz=1.75e9,
-      hbm_bytes=95 * 2**30,
+      hbm_bytes=int(95.74 * 2**30),
       hbm_bytes_per_second=2765e9,
       link_bytes_per_second=100e9,
       dcn_bytes_per_second=6.25e9,
@@ -74,7 +73,7 @@ CHIPS = {
       torus_dims=2,
       peak_flops=918e12,
       clock_hertz=1.75e9,
-      hbm_bytes=32 * 2**30,
+      hbm_bytes=int(31.25 * 2**30),
       hbm_bytes_per_second=1640e9,
       link_bytes_per_second=100e9,
       dcn_bytes_per_second=12.5e9,
@@ -87,7 +86,7 @@ CHIPS = {
       torus_dims=3,
       peak_flops=2307e12,
       clock_hertz=2.2e9,
-      hbm_bytes=192 * 2**30,
+      hbm_bytes=2 * int(94.75 * 2**30),
       hbm_bytes_per_second=7380e9,
       link_bytes_per_second=100e9,
       dcn_bytes_per_second=12.5e9,

@@ -30,6 +30,7 @@ USAGE = """usage: maxllama4 COMMAND [CONFIG.yml] [key=value ...] [--debug]
   compare A B prompt=TEXT                                   two checkpoints, layer by layer: where they first depart
   report  RUN [RUN ...] [output=FILE]                       one page about a run, or about several beside each other
   replay  RUN/failures/step-N [key=value ...]               the step that stopped a run, again: numbers layer by layer
+  plan    CONFIG.yml topology=v5p:4x4x4 [key=value ...]     memory, speed and cost on TPUs that need not be there
   show    CONFIG.yml [key=value ...] [output=json]          the whole configuration, sizes and costs; needs no device
 
 Settings are dotted paths (training.steps=200), values are YAML. --debug shows the traceback of a failure.
@@ -233,6 +234,20 @@ def show_command(words: Sequence[str]) -> None:
     print_description(description)
 
 
+def plan_command(words: Sequence[str]) -> None:
+  from maxllama4.planning.plan import make_plan
+  from maxllama4.planning.table import plan_text, ranking
+
+  path, overrides = need_config(words)
+  answer = make_plan(path, overrides)
+  if answer.request.output == "json":
+    print(json.dumps(answer.to_json()))
+    return
+  print(plan_text(answer.plans[0]))
+  if answer.request.search:
+    print(ranking(answer.plans, answer.descriptions))
+
+
 def describe(config: Config, origins: dict[str, str]) -> dict:
   """Settings with their origins, and what the model costs; counts, FLOPs, bytes a device."""
   from maxllama4.model.llama4 import count_parameters, train_flops_per_token
@@ -283,6 +298,7 @@ COMMANDS = {
   "evaluate": evaluate_command,
   "compare": compare_command,
   "report": report_command,
+  "plan": plan_command,
   "show": show_command,
   "replay": replay_command,
 }

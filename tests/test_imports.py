@@ -10,7 +10,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "maxllama4"
 # What the modules of each part may import besides their own; parts are folders and top-level modules.
 FOUNDATION = {"settings", "files", "rope_scaling", "model_config", "config"}
-MODEL = FOUNDATION | {"chips", "mesh", "sharding", "kernels", "model"}
+MODEL = FOUNDATION | {"chips", "xla_flags", "mesh", "sharding", "kernels", "model"}
 MAY_IMPORT = {
   "settings": set(),
   "files": set(),
@@ -18,6 +18,7 @@ MAY_IMPORT = {
   "model_config": {"settings", "rope_scaling"},
   "config": {"settings", "rope_scaling", "model_config"},
   "chips": set(),
+  "xla_flags": {"chips"},
   "host_links": {"settings"},
   "hosts": FOUNDATION | {"host_links"},
   "mesh": FOUNDATION,

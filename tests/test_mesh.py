@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import packed_batch, tiny_arrays, tiny_config, tiny_run
 
-from maxllama4.config import MESH_AXES, ConfigError, MeshConfig
+from maxllama4.config import MESH_AXES, ConfigError, DataConfig, MeshConfig
 from maxllama4.mesh import build_mesh
 from maxllama4.model.weights import ModelTemplate
 from maxllama4.sharding import use_mesh
@@ -40,7 +40,8 @@ TOLERANCE = 1e-5
 
 def run_on(mesh: MeshConfig):
   losses = {"load_balance_loss": 0.1, "router_z_loss": 0.1, "z_loss": 0.1}
-  return tiny_run(MODEL, mesh=mesh, sequence_length=8, **losses)
+  data = DataConfig(paths=("unread",))  # rows may be packed
+  return tiny_run(MODEL, mesh=mesh, data=data, sequence_length=8, **losses)
 
 
 def loss_and_gradients(config, model, batch):

@@ -106,7 +106,7 @@ def stream(
   # As NumPy, which every process may hand to a model that lies on the devices of all.
   keys = np.asarray(jax.random.key_data(keys))
   stops = tuple(sorted(set(stop_tokens)))
-  start, advance = _compiled(model.config, sampling, stops)
+  start, advance = decoding_functions(model.config, sampling, stops)
   arrays = arrays_of(model)
   max_length = tokens.shape[1] + max_new_tokens
   state = start(arrays, tokens, segment_ids, keys, images, max_length=max_length)
@@ -156,7 +156,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray,
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(config: ModelConfig, sampling: Sampling, stops: tuple[int, ...]):
+def decoding_functions(config: ModelConfig, sampling: Sampling, stops: tuple[int, ...]):
   """The jitted functions `start` and `advance` of one model architecture and way of sampling."""
   template = ModelTemplate(config)
 

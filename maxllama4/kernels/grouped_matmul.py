@@ -33,7 +33,7 @@ def grouped_matmul(
 ) -> Float[Array, "R F"]:
   """rows[i] @ matrices[e], where e is the group that row i lies in: groups are consecutive, `sizes` rows each.
 
-  Matrices are [E, D, F], or [E, F, D] if `transposed`. Rows beyond the sum of `sizes` give zeros. A group without rows
+  Matrices are [E, D, F], or [E, F, D] if `transposed`. Rows beyond the sum of `sizes` give anything. A group without rows
   gets a zero gradient. Result in the dtype of `rows`.
   """
   kind = current_choice().grouped_matmul

@@ -14,7 +14,7 @@ from maxllama4.model.linear import column_parallel, row_parallel
 from maxllama4.model.norms import rms_normalize
 from maxllama4.model.rope import half_split, rope_tables, rotate
 from maxllama4.settings import require
-from maxllama4.sharding import constrain, current_mesh, current_platform, weight, zeros
+from maxllama4.sharding import current_mesh, current_platform, weight, zeros
 
 
 @jax.tree_util.register_dataclass

@@ -7,7 +7,7 @@ import re
 from maxllama4.chips import CHIPS, Chip
 from maxllama4.settings import ConfigError, require
 
-__all__ = ["Chip", "Topology", "parse_topology"]
+__all__ = ["Chip", "Topology", "is_ring", "parse_topology"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,3 +53,15 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     )
   require(slices >= 1, f"slices={slices} must be at least 1.")
   return Topology(chip, tuple(map(int, shape.split("x"))), slices)
+
+
+def is_ring(topology: Topology, size: int) -> bool:
+  """Whether the chips along a dimension of `size` are closed to a ring.
+
+  Three-dimensional slices are made of cubes of 4 x 4 x 4 joined by switches, smaller ones have no rings;
+  two-dimensional ones have them along whole sides of a pod, 16 chips.
+  Source: docs.cloud.google.com/tpu/docs/v5p and v6e.
+  """
+  if topology.chip.torus_dims == 2:
+    return size == 16
+  return all(side % 4 == 0 for side in topology.shape)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from maxllama4.config import Config, LayerKind, ModelConfig, OptimizerConfig
-from maxllama4.model.dispatch import WIDE
+from maxllama4.model.dispatch import SLACK, WIDE
 from maxllama4.model.llama4 import train_flops_per_token
 from maxllama4.model.weights import ModelTemplate, is_stacked
 from maxllama4.planning.chips import Topology
@@ -322,19 +322,24 @@ def _memory(share: Share, structure: Structure) -> tuple[dict[str, int], int]:
   gradients = sum(share.stored(array) * array.itemsize for array in arrays if array.is_trained)
   sums = gradients if share.microbatches > 1 else 0  # of the microbatches before
   kept = sum(group.count * _kept_by_layer(share, group.kind) for group in structure.layers)
+  host = 0.0
+  if share.training.remat == "offload":
+    # Two layers' inputs are on the device: the one in use, and the one on its way.
+    host, kept = kept, 2 * kept / share.model.num_hidden_layers
   # Stacked weights are cast before the loop over the layers, all at once.
   scanned = (group for group in structure.layers if group.is_scanned)
   stacked = (array for group in scanned for array in group.arrays)
   cast = sum(share.stored(array) * size for array in stacked if array.itemsize != size)
-  loss = _loss_bytes(share)
   layer = max(_layer_bytes(share, group) for group in structure.layers)
+  # The head's gradient stays whole, in float32, until the backward pass is over.
+  head = 4 * share.model.hidden_size * share.model.vocab_size / share.parts("vocab")
   phases = [
-    {"gradients": sums, "activations": kept, "scratch": cast + loss},
-    {"gradients": sums + gradients, "activations": kept, "scratch": cast + layer},
+    {"gradients": sums, "activations": kept, "scratch": cast + head + _loss_bytes(share)},
+    {"gradients": sums + gradients, "activations": kept, "scratch": cast + head + layer},
   ]
   peak = max(phases, key=lambda phase: sum(phase.values()))
   hbm = {"parameters": parameters, "optimizer": optimizer} | peak
-  return {name: round(bytes_) for name, bytes_ in hbm.items()}, 0
+  return {name: round(bytes_) for name, bytes_ in hbm.items()}, round(host)
 
 
 def _kept_by_layer(share: Share, kind: LayerKind) -> float:
@@ -358,24 +363,38 @@ def _kept_by_layer(share: Share, kind: LayerKind) -> float:
 
 
 def _loss_bytes(share: Share) -> float:
-  """The head, gathered, its gradient in float32 and in transit, and two chunks' logits."""
+  """The head, gathered, two chunks' logits, and the last layer's output with its gradient."""
   model, size = share.model, share.itemsize
   vocab = model.vocab_size / share.parts("vocab")
   chunk = min(share.tokens, share.training.loss_chunk)
-  head = model.hidden_size * vocab
-  return head * (4 + size) + 2 * chunk * vocab * 4 + 2 * share.tokens * model.hidden_size * size
+  rows = 2 * share.tokens * model.hidden_size * size
+  return model.hidden_size * vocab * size + 2 * chunk * vocab * 4 + rows
 
 
 def _layer_bytes(share: Share, group: Layers) -> float:
   """What the backward pass through one layer has in use at once."""
   model, size = share.model, share.itemsize
-  weights = sorted((share.gathered(a) * size for a in group.arrays), reverse=True)
   # All weights gathered, and the gradient of the largest, whole, before it is scattered.
-  scratch = sum(weights) + weights[0]
-  width = 8 * model.hidden_size
+  weights = [share.gathered(array) for array in group.arrays]
+  elements = sum(weights) + max(weights) + share.tokens * 8 * model.hidden_size
   if group.kind.is_moe:
-    width += model.num_experts_per_tok * 6 * model.intermediate_size / share.parts("ffn")
-  return scratch + share.tokens * width * size
+    elements += _expert_elements(share)
+  return elements * size
+
+
+def _expert_elements(share: Share) -> float:
+  """Rows of the experts in use at once in a layer's backward pass: their inputs and gradients, gate and up, and products."""
+  model = share.model
+  features = model.intermediate_size / share.parts("ffn")
+  rows = share.tokens * model.num_experts_per_tok
+  if share.parts("experts") == 1:
+    return 6 * rows * features
+  # Of the whole group, rows, their gradients, and the gradients of rows; and a block of what the experts here work on.
+  group = share.expert_group if share.dispatch == "ring" else 1
+  even = rows / share.parts("experts") if share.dispatch == "alike" else rows
+  return 3 * group * rows * model.hidden_size + SLACK * even * (
+    6 * features + 2 * model.hidden_size
+  )
 
 
 # Collectives
@@ -489,5 +508,5 @@ def _keys_of_others(share: Share, kind: LayerKind) -> int:
   if chunk is None or chunk > share.length:
     return share.training.sequence_length
   # Where documents are packed, a chunk may begin in the part before.
-  is_whole = share.config.data.source == "synthetic" and share.length % chunk == 0
+  is_whole = share.config.data.whole_rows and share.length % chunk == 0
   return 0 if is_whole else chunk

@@ -29,6 +29,7 @@ KINDS = (
   "collective-broadcast",
 )
 UNKNOWN_CYCLES = 2**62  # the compiler writes the largest integer for what it cannot estimate
+_FUSED = re.compile(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 # Opcodes that move nothing through memory by themselves.
 _FREE = {
@@ -61,7 +62,8 @@ class Summary:
 
   collectives: tuple[Collective, ...]  # most bytes first
   matmul_flops: float  # dots and convolutions
-  kernel_flops: float  # grouped matmuls and attention, in custom calls
+  grouped_flops: float  # products of routed experts, in kernels
+  attention_flops: float  # in attention's kernels
   estimated_cycles: int  # the compiler's, of its tensor core, custom calls and collectives left out
   cycles_by_kind: dict[str, int]  # matmul, copy, other; sparsecore runs beside them
   hbm_traffic_bytes: int  # operands read and results written, of what lies in HBM
@@ -73,7 +75,7 @@ class Summary:
 
   @property
   def executed_flops(self) -> float:
-    return self.matmul_flops + self.kernel_flops
+    return self.matmul_flops + self.grouped_flops + self.attention_flops
 
   @property
   def wire_bytes(self) -> int:
@@ -93,7 +95,8 @@ def summarize(text: str, mesh: jax.sharding.Mesh) -> Summary:
   return Summary(
     collectives=tuple(sorted(collectives, key=lambda c: -c.bytes)),
     matmul_flops=tally.matmul_flops,
-    kernel_flops=tally.kernel_flops,
+    grouped_flops=tally.grouped_flops,
+    attention_flops=tally.attention_flops,
     estimated_cycles=sum(on_core.values()),
     cycles_by_kind=dict(sorted(tally.cycles.items())),
     hbm_traffic_bytes=round(tally.hbm_bytes),
@@ -108,16 +111,22 @@ class _Tally:
   """Sums over one execution of a computation."""
 
   matmul_flops: float = 0.0
-  kernel_flops: float = 0.0
+  grouped_flops: float = 0.0
+  attention_flops: float = 0.0
   hbm_bytes: float = 0.0
   emulated_gather_bytes: float = 0.0
   cycles: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   collectives: dict[tuple, list[float]] = dataclasses.field(default_factory=dict)
 
+  @property
+  def flops(self) -> float:
+    return self.matmul_flops + self.grouped_flops + self.attention_flops
+
   def add(self, other: _Tally, times: int = 1, *, asynchronous: bool = False) -> None:
     """Adds `times` executions of `other`, whose collectives are `asynchronous` if it was started to run beside others."""
     self.matmul_flops += times * other.matmul_flops
-    self.kernel_flops += times * other.kernel_flops
+    self.grouped_flops += times * other.grouped_flops
+    self.attention_flops += times * other.attention_flops
     self.hbm_bytes += times * other.hbm_bytes
     self.emulated_gather_bytes += times * other.emulated_gather_bytes
     for kind, count in other.cycles.items():
@@ -158,7 +167,7 @@ class _Reader:
       tally.add(self.tally(body), self.loops.count(computation, instruction))
     elif op == "conditional":
       branches = [self.tally(name) for name in instruction.branches()]
-      tally.add(max(branches, key=lambda t: (t.matmul_flops + t.kernel_flops, t.cycles.total())))
+      tally.add(max(branches, key=lambda tally: (tally.flops, tally.cycles.total())))
     elif op in ("call", "call-start", "async-start"):
       self._add_call(tally, instruction)
     elif op == "fusion":
@@ -186,7 +195,7 @@ class _Reader:
     inner = dataclasses.replace(
       fused, cycles=collections.Counter(), hbm_bytes=0.0, collectives=collective
     )
-    tally.add(inner, asynchronous="async" in name or "async-collective" in instruction.name)
+    tally.add(inner)
     is_matmul = fused.matmul_flops > 0
     self._add_cycles(tally, instruction, "matmul" if is_matmul else "other")
     tally.hbm_bytes += self._fusion_traffic(computation, instruction, self._computations[name])
@@ -203,7 +212,10 @@ class _Reader:
     elif op == "custom-call":
       if "AllocateBuffer" in instruction.rest:
         return
-      tally.kernel_flops += kernel_flops(instruction, shapes())
+      if "splash" in instruction.name or "attention" in instruction.name:
+        tally.attention_flops += kernel_flops(instruction, shapes())
+      else:
+        tally.grouped_flops += kernel_flops(instruction, shapes())
     kinds = {"convolution": "matmul", "dot": "matmul", "copy": "copy", "transpose": "copy"}
     self._add_cycles(tally, instruction, kinds.get(op, "other"))
     tally.hbm_bytes += _traffic(computation, instruction)
@@ -216,6 +228,11 @@ class _Reader:
   def _add_collective(
     self, tally: _Tally, computation: Computation, instruction: Instruction, kind: str
   ) -> None:
+    fused = _FUSED.search(
+      instruction.rest
+    )  # start, parts and end of one exchange stand in several fusions
+    if fused and fused[1] != "-1":
+      return
     operands = computation.operand_shapes(instruction)
     operands = operands[:1] if kind == "ragged-all-to-all" else operands
     size = sum(bytes_of(shape) for shape in operands)
@@ -233,7 +250,7 @@ class _Reader:
       return
     axes, dcn = self._devices.axes_of(group), self._devices.leaves_slice(group)
     dtype = operands[0].partition("[")[0].lstrip("(")
-    asynchronous = instruction.op.endswith("-start")
+    asynchronous = bool(fused) or instruction.op.endswith("-start")
     tally.count_collective((kind, axes, dtype, asynchronous, dcn), 1, size * share)
     tally.hbm_bytes += _traffic(computation, instruction)
     if kind == "all-reduce" and any("dynamic-update-slice" in o for o in instruction.operands):

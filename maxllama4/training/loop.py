@@ -18,6 +18,7 @@ from maxllama4.config import Config
 from maxllama4.data.loader import make_eval_batches, make_loader, merge_states, prepare_tokenizer
 from maxllama4.hosts import start_hosts
 from maxllama4.mesh import build_mesh
+from maxllama4.model.attention import attention_kernel
 from maxllama4.model.llama4 import count_parameters, train_flops_per_token
 from maxllama4.model.weights import ModelTemplate
 from maxllama4.sharding import MeshContext, no_mesh, use_mesh
@@ -44,7 +45,8 @@ from maxllama4.training.profiler import Profiler
 from maxllama4.training.run_dir import check_run_dir, compilation_cache_of, keep_config
 from maxllama4.training.signals import StopRequest
 from maxllama4.training.state import TrainState, abstract_state, init_state
-from maxllama4.training.step import make_train_step
+from maxllama4.training.step import lower_train_step
+from maxllama4.xla_flags import compiler_options
 
 LOAD_MAPS = 100  # of experts by layer that metrics.jsonl holds, about, however long the run
 
@@ -122,6 +124,9 @@ class Run:
     self.stop, self.extras = stop, extras
     self.clock = Clock()
     self.stopped = False
+    length = config.training.sequence_length
+    platform = context.mesh.devices.flat[0].platform
+    self.attention = attention_kernel(config.training.attention, config.model, platform, length)
     self.template, self.optimizer = template, optimizer
     self.schedule = learning_rate_schedule(config.optimizer, config.training.steps)
     self.tokens = 0  # counted targets up to the last time somebody asked
@@ -137,13 +142,13 @@ class Run:
 
   def resume(self) -> None:
     """Restores the newest whole checkpoint, or starts afresh."""
-    self.resumed = bool(self.store.steps)
+    self.resumed, memory = bool(self.store.steps), self.config.optimizer.state_memory
     if not self.resumed:
       self.state = init_state(
-        self.template, self.optimizer, self.config.training.seed, self.context
+        self.template, self.optimizer, self.config.training.seed, self.context, memory
       )
       return
-    shapes = abstract_state(self.template, self.optimizer, self.context)
+    shapes = abstract_state(self.template, self.optimizer, self.context, memory)
     rest = {"step": shapes.step, "optimizer": shapes.optimizer, "health": shapes.health}
     step, model, rest, position = self.store.restore_newest(shapes.model, rest, self.progress.say)
     self.state = TrainState(model=model, **rest)
@@ -200,23 +205,18 @@ class Run:
 
   def _compile_step(self) -> Callable:
     """The training step, compiled for this run's shapes before the first batch, and only once."""
-    shape = (self.config.training.batch_size, self.config.training.sequence_length)
-    sharding = self.context.sharding(("batch", "length"))
-    dtypes = {name: np.int32 for name in ("tokens", "targets", "segment_ids", "positions")}
-    batch = {
-      name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-      for name, dtype in (dtypes | {"weights": np.float32}).items()
-    }
-    step = make_train_step(self.config, self.template, self.optimizer, self.schedule)
     start = time.perf_counter()
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.context.sharding(())))
-    compiled = compiled.lower(self.state, batch).compile()
+    lowered = lower_train_step(
+      self.config, self.template, self.optimizer, self.schedule, self.state, self.context
+    )
+    compiled = lowered.compile(compiler_options=compiler_options(self._device_kind))
     self.compile_seconds = time.perf_counter() - start
     total, active = count_parameters(self.config.model)
+    training = self.config.training
     self.progress.say(
-      f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active; {shape[0]} x {shape[1]} tokens a step"
-      f" on {self.context.mesh.size} x {self._device_kind}; compiled in {self.compile_seconds:.1f} s"
+      f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active;"
+      f" {training.batch_size} x {training.sequence_length} tokens a step on {self.context.mesh.size} x"
+      f" {self._device_kind}; {self.attention} attention; compiled in {self.compile_seconds:.1f} s"
     )
     return compiled
 
@@ -362,6 +362,7 @@ class Run:
       device_kind=self._device_kind,
       hosts=jax.process_count(),
       mesh=dict(mesh.shape),
+      attention=self.attention,
       parameters=total,
       active_parameters=active,
       compile_seconds=self.compile_seconds,

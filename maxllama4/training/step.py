@@ -12,10 +12,10 @@ from maxllama4.kernels.choice import Choice, use_kernels
 from maxllama4.model.attention import Sequences
 from maxllama4.model.moe import RouterStatistics
 from maxllama4.model.weights import Arrays, ModelTemplate, layer_place
-from maxllama4.sharding import constrain
+from maxllama4.sharding import MeshContext, constrain
 from maxllama4.training.health import FINE, judge
 from maxllama4.training.loss import cross_entropy_sums
-from maxllama4.training.state import TrainState, split_trainable
+from maxllama4.training.state import TrainState, split_trainable, to_device, to_host
 from maxllama4.training.statistics import debug_metrics
 
 Batch = dict[
@@ -39,15 +39,18 @@ def make_train_step(
     gradients, sums = batch_gradients(config, template, params, fixed, batch, totals)
     loss, gradient_norm = sums["nats"] / totals["weight"], optax.global_norm(gradients)
     verdict, health = judge(config.training, state.health, loss, gradient_norm)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, params)
+    on_host = config.optimizer.state_memory == "host"
+    before = to_device(state.optimizer) if on_host else state.optimizer
+    updates, optimizer_state = optimizer.update(gradients, before, params)
     moved = optax.apply_updates(params, updates)
     moved |= move_router_biases(config, fixed, sums.get("router"))
     accepted = (verdict == FINE) & ~health.halted
     model, optimizer_state = jax.tree.map(
       lambda new, old: jnp.where(accepted, new, old),
       (moved, optimizer_state),
-      (state.model, state.optimizer),
+      (state.model, before),
     )
+    optimizer_state = to_host(optimizer_state) if on_host else optimizer_state
     metrics = {
       "loss": loss,
       "step_tokens": jnp.where(accepted, totals["weight"], 0),
@@ -67,6 +70,28 @@ def make_train_step(
   return train_step
 
 
+def lower_train_step(
+  config: Config,
+  template: ModelTemplate,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  state: TrainState,
+  context: MeshContext,
+) -> jax.stages.Lowered:
+  """The step of a run, ready to be compiled; `state` may be shapes with shardings, and its arrays are given away."""
+  shape = (config.training.batch_size, config.training.sequence_length)
+  sharding = context.sharding(("batch", "length"))
+  dtypes = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32)
+  batch = {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    for name, dtype in (dtypes | {"weights": jnp.float32}).items()
+  }
+  step = make_train_step(config, template, optimizer, schedule)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+  compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, context.sharding(())))
+  return compiled.lower(state, batch)
+
+
 def batch_gradients(
   config: Config,
   template: ModelTemplate,
@@ -75,17 +100,28 @@ def batch_gradients(
   batch: Batch,
   totals: Metrics,
 ) -> tuple[Arrays, dict]:
-  """Gradients of the objective with respect to `params`, and the sums of `microbatch_objective`, over a whole batch."""
+  """Gradients of the objective with respect to `params`, and the sums of `microbatch_objective`, over a whole batch.
+
+  Layers compute in `dtype`, so weights are cast to it here, once: the gradients of a microbatch are then as narrow. They
+  come back in the dtype of the weights.
+  """
+  narrow = {path: _narrowed(value, config.model.dtype) for path, value in params.items()}
 
   def gradients_of(microbatch):
     def objective(params):
       return microbatch_objective(config, template, params | fixed, microbatch, totals)
 
-    return jax.grad(objective, has_aux=True)(params)
+    return jax.grad(objective, has_aux=True)(narrow)
 
   if config.training.gradient_accumulation == 1:
-    return gradients_of(batch)
-  return _accumulate(gradients_of, microbatches_of(config, batch))
+    gradients, sums = gradients_of(batch)
+  else:
+    gradients, sums = _accumulate(gradients_of, microbatches_of(config, batch))
+  return {path: g.astype(params[path].dtype) for path, g in gradients.items()}, sums
+
+
+def _narrowed(value: jax.Array, dtype: str) -> jax.Array:
+  return value.astype(dtype) if jnp.dtype(dtype).itemsize < value.dtype.itemsize else value
 
 
 def batch_totals(batch: Batch) -> Metrics:

@@ -1,6 +1,8 @@
 """Who sees whom, one attention layer against NumPy, and what does not depend on how the work is cut up."""
 
 import functools
+import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +10,19 @@ import numpy as np
 import pytest
 import reference
 from golden import golden_units
-from tiny import packed_batch, tiny_config, tiny_model
+from tiny import packed_batch, tiny_config, tiny_model, tiny_run
 
-from maxllama4.config import RopeScaling
+from maxllama4.config import ConfigError, MeshConfig, RopeScaling
+from maxllama4.mesh import build_mesh
 from maxllama4.model.attention import (
   Sequences,
   attend,
+  attention_kernel,
   attention_mask,
   self_attend,
   temperature,
 )
+from maxllama4.sharding import use_mesh
 
 
 @functools.cache
@@ -123,6 +128,91 @@ def test_long_rows_cut_into_blocks_of_queries_see_what_whole_ones_do(chunk_size)
   expected = attend(q, k, v, mask)
   valid = np.asarray(segments) > 0
   np.testing.assert_allclose(found[valid], expected[valid], rtol=1e-5, atol=1e-5)
+
+
+COLLECTIVES = re.compile(
+  r"= \S+ (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
+)
+
+
+def attention_on(mesh, chunk_size, whole_rows, kernel="auto"):
+  """Self-attention and its gradients on a mesh, and without one, compiled for rows of 256."""
+  config = tiny_config(head_dim=8, max_position_embeddings=256)
+
+  def run(q, k, v, dy, positions, segments):
+    rows = Sequences.of(positions, segments, config, whole_rows=whole_rows, kernel=kernel)
+    attend = functools.partial(self_attend, sequences=rows, chunk_size=chunk_size, config=config)
+    y, backward = jax.vjp(attend, q, k, v)
+    return y, *backward(dy)
+
+  shapes = [jax.ShapeDtypeStruct((2, 256, n, 8), jnp.float32) for n in (4, 2, 2, 4)]
+  shapes += [jax.ShapeDtypeStruct((2, 256), jnp.int32)] * 2
+  if mesh is None:
+    return jax.jit(run).lower(*shapes).compile()
+  with use_mesh(build_mesh(tiny_run(config, mesh=mesh, sequence_length=256)), mesh) as context:
+    heads, tokens = ("batch", "length", "heads", None), ("batch", "length")
+    keys = ("batch", "length", "kv_heads", None)
+    axes = (heads, keys, keys, heads, tokens, tokens)
+    shardings = [context.sharding(axis) for axis in axes]
+    results = tuple(shardings[i] for i in (0, 0, 1, 2))
+    return jax.jit(run, in_shardings=shardings, out_shardings=results).lower(*shapes).compile()
+
+
+def split_rows(whole_rows):
+  positions, segments = np.zeros((2, 2, 256), np.int32)
+  for row, cuts in enumerate([[0, 256], [0, 256]] if whole_rows else [[0, 100, 250], [0, 30, 256]]):
+    for segment, (start, stop) in enumerate(itertools.pairwise(cuts), 1):
+      segments[row, start:stop], positions[row, start:stop] = segment, np.arange(stop - start)
+  rng = np.random.default_rng(0)
+  arrays = [rng.standard_normal((2, 256, n, 8), np.float32) for n in (4, 2, 2, 4)]
+  arrays[3] *= (segments > 0)[..., None, None]
+  return *arrays, positions, segments
+
+
+@pytest.mark.parametrize(
+  ("chunk_size", "whole_rows", "fetched"),
+  [
+    (None, False, {"all-gather", "reduce-scatter"}),
+    (64, True, set()),  # each part of 128 is two chunks
+    (64, False, {"collective-permute"}),
+    (200, False, {"all-gather", "reduce-scatter"}),  # more than a part
+  ],
+)
+def test_rows_split_over_devices_fetch_the_keys_that_they_see_and_give_the_same(
+  chunk_size, whole_rows, fetched
+):
+  mesh = MeshConfig(fsdp=2, tensor=2, context=2)
+  arrays = split_rows(whole_rows)
+  step = attention_on(mesh, chunk_size, whole_rows)
+  assert set(COLLECTIVES.findall(step.as_text())) == fetched
+  expected = attention_on(None, chunk_size, whole_rows, "reference")(*arrays)
+  for one, other in zip(step(*arrays), expected, strict=True):
+    valid = arrays[5] > 0
+    np.testing.assert_allclose(one[valid], other[valid], atol=1e-5, rtol=1e-5)
+
+
+def test_key_heads_that_are_not_split_serve_query_heads_that_are():
+  mesh = MeshConfig(fsdp=2, tensor=4, rules={"kv_heads": None})
+  arrays = split_rows(False)
+  found = attention_on(mesh, None, False)(*arrays)
+  expected = attention_on(None, None, False, "reference")(*arrays)
+  for one, other in zip(found, expected, strict=True):
+    valid = arrays[5] > 0
+    np.testing.assert_allclose(one[valid], other[valid], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("choice", "platform", "words"),
+  [
+    ("splash", "cpu", "training.attention=splash needs devices of the platform tpu; they are cpu"),
+    ("cudnn", "tpu", "training.attention=cudnn needs devices of the platform gpu; they are tpu"),
+    ("cudnn", "gpu", "needs dtype to be bfloat16 or float16; it is float32"),
+  ],
+)
+def test_a_kernel_that_cannot_run_is_refused_by_name(choice, platform, words):
+  with pytest.raises(ConfigError) as error:
+    attention_kernel(choice, tiny_config(), platform, 8)
+  assert words in str(error.value)
 
 
 def test_scores_and_softmax_are_float32_for_bfloat16_queries():

@@ -1,0 +1,178 @@
+"""Memory of training steps by arithmetic against the TPU compiler's, for a dozen configurations.
+
+  python benchmarks/plan_estimates.py [NAME ...]     compiles the cases named (default: all that are not in the results)
+  python benchmarks/plan_estimates.py --table        writes results/plan_estimates.md from results/plan_estimates.json
+
+Needs no TPU, but `libtpu`. Cases after `HELD_OUT` were first compiled after the arithmetic had its final form.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import time
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+SMALL = (
+  "model.hidden_size=2048 model.intermediate_size=4096 model.intermediate_size_mlp=8192 model.vocab_size=65536"
+  " model.num_attention_heads=16 model.num_hidden_layers=8 model.nope_layer_interval=1 model.bos_token_id=1"
+  " model.eos_token_id=2 model.pad_token_id=0"
+)
+# Name: configuration, topology, settings.
+CASES = {
+  "small, fsdp 8": ("scout", "v5p:2x2x2", f"{SMALL} training.batch_size=8"),
+  "small, attention kept": (
+    "scout",
+    "v5p:2x2x2",
+    f"{SMALL} training.batch_size=16 training.remat=attention",
+  ),
+  "small, matmuls kept": (
+    "scout",
+    "v6e:2x4",
+    f"{SMALL} training.batch_size=8 training.remat=matmuls training.sequence_length=4096",
+  ),
+  "small, 4 microbatches": (
+    "scout",
+    "v5p:2x2x2",
+    f"{SMALL} training.batch_size=64 training.gradient_accumulation=4",
+  ),
+  "small, tensor 2": ("scout", "v5p:2x2x2", f"{SMALL} training.batch_size=16 mesh.tensor=2"),
+  "small, expert 4": ("scout", "v5p:2x2x2", f"{SMALL} training.batch_size=16 mesh.expert=4"),
+  "small, context 4": (
+    "scout",
+    "v5p:2x2x2",
+    f"{SMALL} training.batch_size=2 mesh.context=4 training.sequence_length=32768",
+  ),
+  "small dense and experts, expert 8": (
+    "maverick",
+    "tpu7x:2x2x1",
+    f"{SMALL} training.batch_size=16 mesh.expert=8",
+  ),
+  "Scout, fsdp 64": ("scout", "v5p:4x4x4", ""),
+  "Scout, expert 16": ("scout", "v5p:4x4x4", "mesh.expert=16"),
+  "Maverick, fsdp 16 x expert 8": ("maverick", "v5p:4x4x8", "mesh.expert=8"),
+}
+HELD_OUT = {
+  "small, data 2 x fsdp 4, 4 rows": (
+    "scout",
+    "tpu7x:2x2x1",
+    f"{SMALL} training.batch_size=32 mesh.data=2 model.num_local_experts=8",
+  ),
+  "small, long": (
+    "scout",
+    "v6e:2x4",
+    f"{SMALL} training.batch_size=4 mesh.tensor=2 training.sequence_length=16384",
+  ),
+  "small, expert 2, 2 microbatches, attention kept": (
+    "maverick",
+    "v5p:2x2x2",
+    f"{SMALL} training.batch_size=32 mesh.expert=2 training.gradient_accumulation=2 training.remat=attention",
+  ),
+}
+
+
+def compile_case(name: str, topology: str, settings: str) -> dict:
+  """What the compiler says of a case's memory, and what arithmetic says."""
+  from jax.experimental import topologies
+
+  from maxllama4.config import load_config
+  from maxllama4.planning.chips import parse_topology
+  from maxllama4.planning.estimate import estimate
+
+  config = load_config(CONFIGS / f"llama4_{name}.yml", settings.split())
+  described = parse_topology(topology)
+  cost = estimate(config, described, config.mesh.resolve(described.devices))
+  devices = topologies.get_topology_desc(topology, platform="tpu").devices
+  start = time.monotonic()
+  stats = compile_step(config, devices).memory_analysis()
+  peak = stats.peak_memory_in_bytes
+  return {
+    "topology": topology,
+    "config": f"llama4_{name}.yml",
+    "settings": settings,
+    "compile_seconds": round(time.monotonic() - start),
+    "arguments_bytes": stats.argument_size_in_bytes,
+    "compiler_peak_bytes": peak,
+    "estimate_peak_bytes": cost.peak_hbm_bytes,
+    "estimate_bytes": cost.hbm_bytes,
+    "ratio": round(cost.peak_hbm_bytes / peak, 4),
+  }
+
+
+def compile_step(config, devices):
+  """The training step of `config`, compiled for described devices."""
+  import jax
+  import numpy as np
+
+  from maxllama4.mesh import build_mesh
+  from maxllama4.model.weights import ModelTemplate
+  from maxllama4.sharding import use_mesh
+  from maxllama4.training.optimizer import learning_rate_schedule, make_optimizer
+  from maxllama4.training.state import abstract_state
+  from maxllama4.training.step import make_train_step
+
+  training = config.training
+  template = ModelTemplate(config.model, training.frozen)
+  optimizer = make_optimizer(config.optimizer, training.steps, template)
+  schedule = learning_rate_schedule(config.optimizer, training.steps)
+  with use_mesh(build_mesh(config, devices), config.mesh) as context:
+    state = abstract_state(template, optimizer, context)
+    rows, shape = (
+      context.sharding(("batch", "length")),
+      (training.batch_size, training.sequence_length),
+    )
+    names = ("tokens", "targets", "segment_ids", "positions")
+    batch = {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=rows) for name in names}
+    batch["weights"] = jax.ShapeDtypeStruct(shape, np.float32, sharding=rows)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), context.sharding(())
+    step = make_train_step(config, template, optimizer, schedule)
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings).lower(state, batch).compile()
+
+
+def write_table() -> None:
+  """results/plan_estimates.md: one line a case."""
+  entries = json.loads((RESULTS / "plan_estimates.json").read_text())
+  lines = [
+    "| case | topology | compiler GB | estimate GB | ratio | parameters | optimizer | gradients | activations | scratch |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+  ]
+  for name in (*CASES, *HELD_OUT):
+    if name in entries:
+      entry = entries[name]
+      parts = " | ".join(f"{size / 1e9:.2f}" for size in entry["estimate_bytes"].values())
+      held_out = " (held out)" if name in HELD_OUT else ""
+      lines.append(
+        f"| {name}{held_out} | {entry['topology']} | {entry['compiler_peak_bytes'] / 1e9:.2f} |"
+        f" {entry['estimate_peak_bytes'] / 1e9:.2f} | {entry['ratio']:.3f} | {parts} |"
+      )
+  (RESULTS / "plan_estimates.md").write_text("\n".join(lines) + "\n")
+  print("\n".join(lines))
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("names", nargs="*")
+  parser.add_argument("--table", action="store_true")
+  arguments = parser.parse_args()
+  if arguments.table:
+    write_table()
+    return
+  # Described devices only: the process itself runs on the CPU, and asks no cloud what machine it is on.
+  os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_STDERR_LOG_LEVEL="3")
+  path = RESULTS / "plan_estimates.json"
+  for name in arguments.names or [*CASES, *HELD_OUT]:
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    if not arguments.names and name in entries:
+      continue
+    entry = compile_case(*{**CASES, **HELD_OUT}[name])
+    versions = {p: importlib.metadata.version(p) for p in ("jax", "libtpu")}
+    entries[name] = {"date": datetime.date.today().isoformat(), **versions, **entry}
+    path.write_text(json.dumps(entries, indent=2) + "\n")
+    print(name, json.dumps(entry, indent=2), flush=True)
+
+
+if __name__ == "__main__":
+  main()

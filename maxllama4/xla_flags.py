@@ -1,0 +1,27 @@
+"""Options of XLA's TPU compiler, by chip: what training runs with, and what a plan compiles with."""
+
+from maxllama4.chips import chip_of
+
+Options = dict[str, bool | int | str]
+
+# Weight gathers are started early and fused with products that run meanwhile.
+_ASYNC_GATHERS: Options = {
+  "xla_enable_async_all_gather": True,
+  "xla_tpu_enable_async_collective_fusion": True,
+  "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+  "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+  "xla_tpu_overlap_compute_collective_tc": True,
+}
+PRESETS: dict[str, Options] = {
+  "v4": _ASYNC_GATHERS,
+  "v5e": _ASYNC_GATHERS,
+  "v5p": _ASYNC_GATHERS,
+  "v6e": _ASYNC_GATHERS,
+  "tpu7x": _ASYNC_GATHERS,
+}
+
+
+def compiler_options(device_kind: str) -> Options:
+  """What to compile a step with for devices of a kind, as JAX names it; nothing for others than TPUs."""
+  chip = chip_of(device_kind)
+  return dict(PRESETS[chip.name]) if chip is not None else {}
