@@ -4,7 +4,8 @@
 
 8,192 rows x 5,120 x 16 experts x 16,384, bfloat16, each kind of product forward and with respect to rows and matrices.
 For each: FLOPs (a kernel's as it declares them) over the useful ones, cycles that the compiler estimates outside kernels
-(it gives none for kernels), and scratch memory. Appends to benchmarks/results/grouped_products.json.
+(it gives none for kernels), and scratch memory. The library tokamax is not there: it looks at the devices of the process
+and refuses to be compiled for others. Appends to benchmarks/results/grouped_products.json.
 """
 
 import re
@@ -14,23 +15,16 @@ import jax.numpy as jnp
 import record
 from jax.experimental import topologies
 
-from maxllama4.kernels.grouped_matmul import has_tokamax
 from maxllama4.kernels.megablox import megablox
 
 ROWS, DIM, EXPERTS, WIDTH = 8192, 5120, 16, 16384
 USEFUL = 2 * ROWS * DIM * WIDTH
 
 
-def tokamax_product(rows, matrices, sizes):
-  import tokamax
-
-  return tokamax.ragged_dot(rows, matrices, sizes, implementation="mosaic")
-
-
 KINDS = {
   "ragged_dot": jax.lax.ragged_dot,
   "megablox": lambda rows, matrices, sizes: megablox(rows, matrices, sizes),
-} | ({"tokamax": tokamax_product} if has_tokamax() else {})
+}
 
 
 def passes(product) -> dict:

@@ -70,9 +70,14 @@ def _product_by(kind: str, transposed: bool):
 def _tokamax(rows, matrices, sizes):
   import tokamax
 
-  product = tokamax.ragged_dot(rows, matrices, sizes, preferred_element_type=rows.dtype)
-  inside = jnp.arange(rows.shape[0]) < sizes.sum()
-  return jnp.where(inside[:, None], product, 0)
+  inside = (jnp.arange(rows.shape[0]) < sizes.sum())[:, None]
+  # Zeros on both sides: what the kernels write beyond the groups, and its gradient, is not defined.
+  rows = jnp.where(inside, rows, 0)
+  kernels = ("mosaic", "triton")  # not its third one, which is XLA's
+  product = tokamax.ragged_dot(
+    rows, matrices, sizes, preferred_element_type=rows.dtype, implementation=kernels
+  )
+  return jnp.where(inside, product, 0)
 
 
 @jax.custom_vjp

@@ -186,9 +186,9 @@ permute_rows.defvjp(
 def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
   """`route` on each device's tokens; experts spread over a mesh axis get their rows from all of it (dispatch.py).
 
-  The features of an expert may be split, too; their partial sums are added. Weights come in as they are stored and are
-  gathered here, in the dtype of `x`: so their gradients are scattered as they are summed, in that dtype, and no device
-  ever holds the gradient of a whole layer in float32.
+  The features of an expert may be split, too; their partial sums are added. Weights come in split as they are stored and
+  are gathered here, in the dtype of `x`: so their gradients are summed and scattered in that dtype, and no device ever
+  holds the gradient of a whole layer in float32.
   """
   exchange, sum_axes = _exchange(context), context.axes_of("ffn")
   num_experts = len(gate_up)
@@ -220,7 +220,7 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
     ),
     out_specs=tokens,
     check_vma=False,
-  )(x, experts, scores, gate_up, down)
+  )(x, experts, scores, gate_up.astype(x.dtype), down.astype(x.dtype))
 
 
 def _check_products() -> None:

@@ -1,6 +1,8 @@
 """Experts spread over devices: the values and gradients of one device, for every way of moving rows and every mesh."""
 
+import collections
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from maxllama4.model.moe import (
   drop_beyond_capacity,
   route,
 )
-from maxllama4.sharding import MeshContext
+from maxllama4.sharding import MeshContext, gather_embed
 
 E, D, F, B, T, C = 8, 16, 8, 8, 6, 2
 # How tokens choose: at random; all the same two; nobody chooses the experts of the first half; some tokens are padding.
@@ -145,3 +147,64 @@ def test_products_that_these_devices_do_not_have_are_refused(kind):
   with use_kernels(Choice(grouped_matmul=kind)), pytest.raises(ConfigError) as error:
     model(jnp.ones((1, 4, 16)), jnp.ones((1, 4), bool))
   assert f"kernels.grouped_matmul={kind}" in str(error.value)
+
+
+def test_weights_are_gathered_twice_and_their_gradients_scattered_once_all_in_the_dtype_of_tokens():
+  rules = MeshConfig(fsdp=8)
+  context = MeshContext(build_mesh(tiny_run(tiny_config(), mesh=rules)), rules)
+  x, scores, gate_up, down, direction = arrays()
+
+  def objective(gate_up, down):
+    def layer(x, *weights):
+      return _route_on_mesh(context, x, choices_of("random"), scores.astype(x.dtype), *weights)
+
+    y = jax.checkpoint(layer)(x.astype(jnp.bfloat16), gate_up, down)
+    return (y**2 * direction).sum()  # so that the gradient needs the result, too
+
+  text = jax.jit(jax.grad(objective, argnums=(0, 1))).lower(gate_up, down).as_text()
+  found = collections.Counter(
+    re.findall(
+      rf"stablehlo\.(all_gather|reduce_scatter)\W.*?-> tensor<({E}x\d+x[^>]*)>", text, re.S
+    )
+  )
+  assert found == {
+    ("all_gather", f"{E}x{D}x{2 * F}xbf16"): 2,  # forward, and again for the gradient
+    ("all_gather", f"{E}x{D}x{F}xbf16"): 2,  # down, transposed
+    ("reduce_scatter", f"{E}x{D // 8}x{2 * F}xbf16"): 1,
+    ("reduce_scatter", f"{E}x{D // 8}x{F}xbf16"): 1,
+  }
+  # Nothing is summed but along axes of one device.
+  pattern = r"stablehlo\.all_reduce\W.*?replica_groups = .*?: tensor<(\d+x\d+)xi64>"
+  assert set(re.findall(pattern, text, re.S)) <= {"8x1"}
+
+
+def test_a_gather_in_phases_and_its_gradient_are_those_of_one_gather():
+  rules, axes = MeshConfig(fsdp=8), ("experts", "embed", "ffn")
+
+  class Phased(MeshContext):
+    def scatter_phases(self, axis):  # as on a torus of three dimensions
+      grid = np.arange(8).reshape(4, 2)
+      return [grid.T.tolist(), grid.tolist()]
+
+  context = Phased(build_mesh(tiny_run(tiny_config(), mesh=rules)), rules)
+  keys = jax.random.split(jax.random.key(0))
+  weight = jax.random.normal(keys[0], (2, D, 3))
+  directions = jax.random.normal(keys[1], (8, 2, D, 3))
+
+  def local(weight, direction):
+    return (gather_embed(context, weight, axes, jnp.float32) * direction[0]).sum()[None]
+
+  one_each = jax.P("fsdp")
+  dots = jax.shard_map(
+    local,
+    mesh=context.mesh,
+    in_specs=(context.spec(axes), one_each),
+    out_specs=one_each,
+    check_vma=False,
+  )
+  run = jax.value_and_grad(
+    lambda weight: (lambda y: (y.sum(), y))(dots(weight, directions)), has_aux=True
+  )
+  (_, found), gradient = jax.jit(run)(weight)
+  np.testing.assert_allclose(found, (weight * directions).sum((1, 2, 3)), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(gradient, directions.sum(0), rtol=1e-5, atol=1e-5)
