@@ -277,7 +277,8 @@ class Planner:
     key = key_of(config, topology.name, topology.slices, *what)
     found = self._cache.load(key)
     if found is None:
-      with waiting(f"compiling for {topology.name}"):
+      mesh = mesh_words(self._sizes(config))
+      with waiting(f"compiling for {topology.name}, {mesh}", self._cache.last_seconds()):
         found = make()
       self._cache.save(key, *found)
     programs, self.text = found

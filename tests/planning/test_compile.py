@@ -136,6 +136,6 @@ def test_without_libtpu_the_message_says_what_to_install(monkeypatch, config):
 
 def test_a_mesh_that_the_machine_has_not_is_refused(config):
   pytest.importorskip("libtpu")
-  wrong = dataclasses.replace(config, mesh=MeshConfig(fsdp=3))
+  wrong = dataclasses.replace(config, mesh=MeshConfig(fsdp=2))
   with pytest.raises(ConfigError, match="cannot be laid over 4 devices"):
     compile_train_step(wrong, parse_topology("v5p:2x2x1"))
