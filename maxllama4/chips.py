@@ -1,6 +1,8 @@
 """What is published of each kind of TPU: speeds, memory, links and price, by name; and of GPUs the peak alone.
 
-Source: the system architecture pages of docs.cloud.google.com/tpu (v4, v5e, v5p, v6e, tpu7x), read in 2026-11.
+Source: the pages v4, v5p, v6e and tpu7x of docs.cloud.google.com/tpu, read in 2026-11. Not read at a source: links and network
+of v4 and tpu7x; clocks, which make the published peaks of v4, v5e, v5p and v6e out of their arrays of multipliers; and
+prices, which are round figures to compare by.
 """
 
 import dataclasses
@@ -20,7 +22,7 @@ class Chip:
   hbm_bytes_per_second: float
   link_bytes_per_second: float  # of one link, in one direction
   dcn_bytes_per_second: float  # out of a slice, a chip's share of its host's cards
-  dollars_per_hour: float  # on demand
+  dollars_per_hour: float  # about, on demand in the United States
 
   @property
   def ici_bytes_per_second(self) -> float:

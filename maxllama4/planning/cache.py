@@ -50,6 +50,14 @@ class Cache:
     except (OSError, ValueError, TypeError, KeyError, EOFError):
       return None
 
+  def last_seconds(self) -> float | None:
+    """How long the newest compilation took; None where there is none."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+      newest = max(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+      programs = json.loads(newest.read_text(encoding="utf-8")).values()
+      return sum(program["seconds"] for program in programs)
+    return None
+
   def save(self, key: str, programs: dict[str, Compiled], text: str) -> None:
     """Keeps them if the disk lets it; a plan needs no cache."""
     values = {name: dataclasses.asdict(program) for name, program in programs.items()}

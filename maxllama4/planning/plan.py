@@ -11,6 +11,7 @@ from maxllama4.config import (
   MESH_AXES,
   Config,
   ConfigError,
+  check_mesh_divides,
   config_from_section,
   load_config,
   parse_override,
@@ -180,7 +181,8 @@ class Planner:
   def plan_training(self, config: Config) -> Plan:
     """The plan of `config`'s training step."""
     topology, chip = self.topology, self.topology.chip
-    sizes = config.mesh.resolve(topology.devices)
+    sizes = self._sizes(config)
+    check_mesh_divides(config, sizes)
     guess = estimate(config, topology, sizes)
 
     def compile_step() -> tuple[dict[str, Compiled], str]:
@@ -216,7 +218,7 @@ class Planner:
   def plan_decoding(self, config: Config) -> Plan:
     """The plan of one decoding step: a token of every row."""
     request, topology, chip = self.request, self.topology, self.topology.chip
-    sizes = config.mesh.resolve(topology.devices)
+    sizes = self._sizes(config)
     check_decoding(config, request, sizes)
     rows, prompt, length = request.batch, request.prompt_length, request.max_length
 
@@ -257,6 +259,16 @@ class Planner:
       extra={"batch": rows, "cache_bytes": caches * devices, "prefill_seconds": first},
     )
 
+  def _sizes(self, config: Config) -> dict[str, int]:
+    """Sizes of the mesh's axes. Raises: ConfigError when they are not those of the machine."""
+    spanned, slices = config.mesh.num_slices, self.topology.slices
+    require(
+      spanned == slices,
+      f"slices={slices}, but the mesh spans {spanned} (the product of mesh.dcn_AXIS over all axes); set"
+      f" mesh.dcn_data={slices}, or another axis.",
+    )
+    return config.mesh.resolve(self.topology.devices)
+
   def _compiled(
     self, config: Config, what: tuple, make: Callable[[], tuple[dict[str, Compiled], str]]
   ) -> dict[str, Compiled]:
@@ -265,7 +277,8 @@ class Planner:
     key = key_of(config, topology.name, topology.slices, *what)
     found = self._cache.load(key)
     if found is None:
-      with waiting(f"compiling for {topology.name}"):
+      mesh = mesh_words(self._sizes(config))
+      with waiting(f"compiling for {topology.name}, {mesh}", self._cache.last_seconds()):
         found = make()
       self._cache.save(key, *found)
     programs, self.text = found

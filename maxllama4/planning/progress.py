@@ -8,16 +8,18 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def waiting(what: str, expected_seconds: float = 120.0) -> Iterator[None]:
-  """Shows `what` and the seconds so far while the body runs, on a terminal as a bar; a bar is full at the seconds expected."""
+def waiting(what: str, expected_seconds: float | None) -> Iterator[None]:
+  """Shows `what` and the seconds while the body runs: on a terminal all the while, as a bar if some are expected."""
   start, out, done = time.monotonic(), sys.stderr, threading.Event()
 
   def show() -> None:
     while not done.wait(0.5):
       seconds = time.monotonic() - start
-      share = min(1.0, seconds / expected_seconds)
-      bar = "#" * round(24 * share)
-      out.write(f"\r\x1b[2K{what} [{bar:<24}] {seconds:.0f} s of about {expected_seconds:.0f}")
+      shown = f"{seconds:.0f} s"
+      if expected_seconds:
+        bar = "#" * round(24 * min(1.0, seconds / expected_seconds))
+        shown = f"[{bar:<24}] {shown}; the last took {expected_seconds:.0f} s"
+      out.write(f"\r\x1b[2K{what} {shown}")
       out.flush()
 
   thread = threading.Thread(target=show, daemon=True) if out.isatty() else None
