@@ -315,7 +315,7 @@ def _traffic(share: Share, structure: Structure) -> float:
 
 def _memory(share: Share, structure: Structure) -> tuple[dict[str, int], int]:
   """Bytes at the peak: the state, and the larger of what the loss and the backward pass through the layers need."""
-  arrays, size = structure.arrays, share.itemsize
+  arrays = structure.arrays
   parameters = sum(share.stored(array) * array.itemsize for array in arrays)
   state = optimizer_arrays(share.model, share.training.frozen, share.config.optimizer)
   optimizer = sum(bytes_ // share.parts(*axes) for bytes_, axes in state)
@@ -326,16 +326,12 @@ def _memory(share: Share, structure: Structure) -> tuple[dict[str, int], int]:
   if share.training.remat == "offload":
     # Two layers' inputs are on the device: the one in use, and the one on its way.
     host, kept = kept, 2 * kept / share.model.num_hidden_layers
-  # Stacked weights are cast before the loop over the layers, all at once.
-  scanned = (group for group in structure.layers if group.is_scanned)
-  stacked = (array for group in scanned for array in group.arrays)
-  cast = sum(share.stored(array) * size for array in stacked if array.itemsize != size)
   layer = max(_layer_bytes(share, group) for group in structure.layers)
   # The head's gradient stays whole, in float32, until the backward pass is over.
   head = 4 * share.model.hidden_size * share.model.vocab_size / share.parts("vocab")
   phases = [
-    {"gradients": sums, "activations": kept, "scratch": cast + head + _loss_bytes(share)},
-    {"gradients": sums + gradients, "activations": kept, "scratch": cast + head + layer},
+    {"gradients": sums, "activations": kept, "scratch": head + _loss_bytes(share)},
+    {"gradients": sums + gradients, "activations": kept, "scratch": head + layer},
   ]
   peak = max(phases, key=lambda phase: sum(phase.values()))
   hbm = {"parameters": parameters, "optimizer": optimizer} | peak
@@ -470,12 +466,13 @@ def _activation_collectives(wire: _Wire, group: Layers) -> None:
   count = group.count * share.microbatches
   forwards = 1 if remat == "none" else 2
   stream = share.tokens * model.hidden_size
-  # Partial sums: of heads and of features, forward where the width is summed over, backward where it was split.
-  for logical, sums in (("heads", 1), ("ffn", 1)):
-    axes = share.axes(logical)
-    if axes:
-      again = 1 if logical == "ffn" else forwards  # a layer's output is not needed again
-      wire.add("all-reduce", axes, sums * stream, dtype, (again + 1) * count, False)
+  # Partial sums: forward of what heads and features add to the stream, backward of the gradient of what they read. A
+  # layer's last sums are not needed again.
+  if share.axes("heads"):
+    wire.add("all-reduce", share.axes("heads"), stream, dtype, (forwards + 1) * count, False)
+  if share.axes("ffn"):
+    networks = 2 if group.kind.is_moe else 1  # routed and shared experts
+    wire.add("all-reduce", share.axes("ffn"), stream, dtype, 2 * networks * count, False)
   experts = share.axes("experts")
   if group.kind.is_moe and experts:
     rows = stream * model.num_experts_per_tok

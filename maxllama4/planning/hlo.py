@@ -228,7 +228,9 @@ class _Reader:
   def _add_collective(
     self, tally: _Tally, computation: Computation, instruction: Instruction, kind: str
   ) -> None:
-    fused = _FUSED.search(instruction.rest)  # start, parts and end of one exchange stand in several fusions
+    fused = _FUSED.search(
+      instruction.rest
+    )  # start, parts and end of one exchange stand in several fusions
     if fused and fused[1] != "-1":
       return
     operands = computation.operand_shapes(instruction)
