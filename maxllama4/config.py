@@ -273,9 +273,16 @@ class OptimizerConfig:
   eps: float = 1e-8
   weight_decay: float = 0.1  # on matrices; vectors and embeddings are not decayed
   max_gradient_norm: float = 1.0  # global norm; 0: no clipping
+  state_dtype: str | None = None  # what moments are kept in between steps; null: param_dtype
+  state_memory: str = (
+    "device"  # where they are kept between steps; host: in its memory, page-locked
+  )
 
   def __post_init__(self):
     one_of("optimizer.name", self.name, ("adamw", "muon"))
+    one_of("optimizer.state_memory", self.state_memory, ("device", "host"))
+    if self.state_dtype is not None:
+      one_of("optimizer.state_dtype", self.state_dtype, ("float32", "bfloat16"))
     one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
     positive("optimizer", self, "learning_rate eps")
     if self.embedding_learning_rate is not None:
@@ -289,6 +296,12 @@ class OptimizerConfig:
     for name in ("b1", "b2"):
       value = getattr(self, name)
       require(0 <= value < 1, f"optimizer.{name}={value} must be at least 0 and below 1.")
+      # A bfloat16 times a number nearer to 1 than this rounds to itself.
+      require(
+        self.state_dtype != "bfloat16" or 1 - value > 2**-8,
+        f"optimizer.{name}={value} would never let a moment of optimizer.state_dtype=bfloat16 fall; set it to at most"
+        " 0.996, or the other to float32.",
+      )
     for name in ("decay_fraction", "final_fraction"):
       value = getattr(self, name)
       require(0 <= value <= 1, f"optimizer.{name}={value} must be between 0 and 1.")

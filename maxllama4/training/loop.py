@@ -142,13 +142,13 @@ class Run:
 
   def resume(self) -> None:
     """Restores the newest whole checkpoint, or starts afresh."""
-    self.resumed = bool(self.store.steps)
+    self.resumed, memory = bool(self.store.steps), self.config.optimizer.state_memory
     if not self.resumed:
       self.state = init_state(
-        self.template, self.optimizer, self.config.training.seed, self.context
+        self.template, self.optimizer, self.config.training.seed, self.context, memory
       )
       return
-    shapes = abstract_state(self.template, self.optimizer, self.context)
+    shapes = abstract_state(self.template, self.optimizer, self.context, memory)
     rest = {"step": shapes.step, "optimizer": shapes.optimizer, "health": shapes.health}
     step, model, rest, position = self.store.restore_newest(shapes.model, rest, self.progress.say)
     self.state = TrainState(model=model, **rest)

@@ -1,11 +1,15 @@
 """Learning-rate schedule, clipping, decay mask: one optax chain."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from maxllama4.config import OptimizerConfig, require
 from maxllama4.model.weights import ModelTemplate
+from maxllama4.training.state import array_of
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -44,10 +48,11 @@ def make_optimizer(
 
   Raises: ConfigError when `config.eps` is 0 in the dtype of weights and optimizer state: updates would be NaN.
   """
-  dtype = template.config.param_dtype
+  dtype = "float32" if config.state_dtype else template.config.param_dtype  # of the update
   require(
     np.array(config.eps).astype(jnp.dtype(dtype)) > 0,
-    f"optimizer.eps={config.eps} is 0 in param_dtype={dtype}; raise it, or set param_dtype to float32 or bfloat16.",
+    f"optimizer.eps={config.eps} is 0 in param_dtype={dtype}; raise it, or set param_dtype to float32 or bfloat16, or"
+    " optimizer.state_dtype.",
   )
   decayed = {path: is_decayed(path) for path in template.trainable}
   schedule = learning_rate_schedule(config, steps)
@@ -72,7 +77,26 @@ def make_optimizer(
       {"muon": muon, "adamw": adamw},
       {path: "adamw" if matrix is None else "muon" for path, matrix in dims.items()},
     )
-  return optax.chain(clip, update)
+  chain = optax.chain(clip, update)
+  return chain if config.state_dtype is None else _kept_in(chain, config.state_dtype, template)
+
+
+def _kept_in(
+  optimizer: optax.GradientTransformation, dtype: str, template: ModelTemplate
+) -> optax.GradientTransformation:
+  """`optimizer` with moments that are `dtype` between updates and float32 during one."""
+  shapes = template.shapes
+
+  def cast(state: Any, to: str) -> Any:
+    return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: leaf if array_of(path, leaf, shapes) is None else leaf.astype(to), state
+    )
+
+  def update(gradients, state, params=None):
+    updates, state = optimizer.update(gradients, cast(state, "float32"), params)
+    return updates, cast(state, dtype)
+
+  return optax.GradientTransformation(lambda params: cast(optimizer.init(params), dtype), update)
 
 
 def _adamw(

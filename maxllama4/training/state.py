@@ -11,6 +11,8 @@ from maxllama4.model.weights import Arrays, ModelTemplate
 from maxllama4.sharding import MeshContext
 from maxllama4.training.health import Health
 
+HOST_MEMORY = "pinned_host"
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +40,13 @@ def split_trainable(model: Arrays, template: ModelTemplate) -> tuple[Arrays, Arr
 
 
 def init_state(
-  template: ModelTemplate, optimizer: optax.GradientTransformation, seed: int, context: MeshContext
+  template: ModelTemplate,
+  optimizer: optax.GradientTransformation,
+  seed: int,
+  context: MeshContext,
+  memory: str = "device",
 ) -> TrainState:
-  """A fresh state, every array made already sharded over the mesh of `context`."""
+  """A fresh state, every array made already sharded over the mesh of `context`; its moments in `memory`."""
 
   def make(key):
     model = template.init(key)
@@ -48,12 +54,15 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(params), Health.fresh())
 
   key = jax.random.key(seed)
-  shardings = state_shardings(jax.eval_shape(make, key), template, context)
+  shardings = state_shardings(jax.eval_shape(make, key), template, context, memory)
   return jax.jit(make, out_shardings=shardings)(key)
 
 
 def abstract_state(
-  template: ModelTemplate, optimizer: optax.GradientTransformation, context: MeshContext
+  template: ModelTemplate,
+  optimizer: optax.GradientTransformation,
+  context: MeshContext,
+  memory: str = "device",
 ) -> TrainState:
   """The shapes, dtypes and shardings of `init_state`'s result; nothing is computed."""
 
@@ -65,17 +74,44 @@ def abstract_state(
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     state,
-    state_shardings(state, template, context),
+    state_shardings(state, template, context, memory),
   )
 
 
-def state_shardings(state: TrainState, template: ModelTemplate, context: MeshContext) -> TrainState:
-  """A tree like `state` of shardings: the optimizer's copies of an array lie as the array does, scalars everywhere."""
+def state_shardings(
+  state: TrainState, template: ModelTemplate, context: MeshContext, memory: str = "device"
+) -> TrainState:
+  """A tree like `state` of shardings: the optimizer's copies of an array lie as the array does, scalars everywhere.
+
+  `memory` is `optimizer.state_memory`: with "host" those copies are in page-locked memory of the host of each device.
+  """
   by_path, shapes = template.shardings(context), template.shapes
   replicated = context.sharding(())
-  return jax.tree_util.tree_map_with_path(
+  lain = jax.tree_util.tree_map_with_path(
     lambda path, leaf: by_path.get(array_of(path, leaf, shapes), replicated), state
   )
+  if memory == "device":
+    return lain
+  moments = jax.tree.map(
+    lambda leaf, sharding: sharding.with_memory_kind(HOST_MEMORY) if leaf.ndim else sharding,
+    state.optimizer,
+    lain.optimizer,
+  )
+  return dataclasses.replace(lain, optimizer=moments)
+
+
+def to_device(moments: Any) -> Any:
+  """The optimizer's state in the memory of the devices, for the update; inside a compiled step."""
+  return _moved(moments, jax.memory.Space.Device)
+
+
+def to_host(moments: Any) -> Any:
+  """The inverse of `to_device`."""
+  return _moved(moments, jax.memory.Space.Host)
+
+
+def _moved(moments: Any, space: jax.memory.Space) -> Any:
+  return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, moments)
 
 
 def array_of(path: tuple, leaf: Any, shapes: dict[str, jax.ShapeDtypeStruct]) -> str | None:

@@ -15,7 +15,7 @@ from maxllama4.model.weights import Arrays, ModelTemplate, layer_place
 from maxllama4.sharding import MeshContext, constrain
 from maxllama4.training.health import FINE, judge
 from maxllama4.training.loss import cross_entropy_sums
-from maxllama4.training.state import TrainState, split_trainable
+from maxllama4.training.state import TrainState, split_trainable, to_device, to_host
 from maxllama4.training.statistics import debug_metrics
 
 Batch = dict[
@@ -39,15 +39,18 @@ def make_train_step(
     gradients, sums = batch_gradients(config, template, params, fixed, batch, totals)
     loss, gradient_norm = sums["nats"] / totals["weight"], optax.global_norm(gradients)
     verdict, health = judge(config.training, state.health, loss, gradient_norm)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, params)
+    on_host = config.optimizer.state_memory == "host"
+    before = to_device(state.optimizer) if on_host else state.optimizer
+    updates, optimizer_state = optimizer.update(gradients, before, params)
     moved = optax.apply_updates(params, updates)
     moved |= move_router_biases(config, fixed, sums.get("router"))
     accepted = (verdict == FINE) & ~health.halted
     model, optimizer_state = jax.tree.map(
       lambda new, old: jnp.where(accepted, new, old),
       (moved, optimizer_state),
-      (state.model, state.optimizer),
+      (state.model, before),
     )
+    optimizer_state = to_host(optimizer_state) if on_host else optimizer_state
     metrics = {
       "loss": loss,
       "step_tokens": jnp.where(accepted, totals["weight"], 0),

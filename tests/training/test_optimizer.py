@@ -9,7 +9,7 @@ import optax
 import pytest
 from tiny import tiny_arrays, tiny_config, tiny_vision_config
 
-from maxllama4.config import OptimizerConfig
+from maxllama4.config import ConfigError, OptimizerConfig
 from maxllama4.model.weights import ModelTemplate
 from maxllama4.training.optimizer import is_decayed, learning_rate_schedule, make_optimizer
 from maxllama4.training.state import split_trainable
@@ -164,3 +164,73 @@ def test_what_gets_no_gradient_moves_only_where_it_decays_and_a_vision_tower_doe
   moved = {path for path, update in updates.items() if np.any(update)}
   assert moved == {path for path in params if is_decayed(path)}
   assert "head/weight" in moved and not any(p.startswith(("vision", "projector")) for p in moved)
+
+
+# Moments in another dtype than the weights
+
+
+def moments_of(state):
+  return [leaf for leaf in jax.tree.leaves(state) if leaf.size > 3]  # Muon keeps its coefficients
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_in_bfloat16_are_those_of_float32_rounded_after_every_update(name):
+  template, params, gradients = params_and_gradients(scale=1.0)
+  states, updates = {}, {}
+  for dtype in ("float32", "bfloat16"):
+    config = OptimizerConfig(name=name, schedule="constant", state_dtype=dtype)
+    optimizer = make_optimizer(config, 10, template)
+    updates[dtype], states[dtype] = jax.jit(optimizer.update)(
+      gradients, optimizer.init(params), params
+    )
+  for path, update in updates["bfloat16"].items():
+    np.testing.assert_allclose(update, updates["float32"][path], rtol=1e-3, atol=1e-8, err_msg=path)
+  assert all(leaf.dtype == jnp.bfloat16 for leaf in moments_of(states["bfloat16"]))
+  for half, whole in zip(
+    moments_of(states["bfloat16"]), moments_of(states["float32"]), strict=True
+  ):
+    np.testing.assert_allclose(half.astype(jnp.float32), whole, rtol=2**-8, atol=1e-10)
+
+
+def second_moment(b2, values):
+  """AdamW's second moment in bfloat16 of one weight, after gradients of the given sizes."""
+  template = ModelTemplate(tiny_config(num_hidden_layers=1))
+  params, _ = split_trainable(tiny_arrays(template.config), template)
+  config = OptimizerConfig(b2=b2, max_gradient_norm=0.0, state_dtype="bfloat16")
+  optimizer = make_optimizer(config, 10, template)
+
+  def step(state, value):
+    gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, value), params)
+    return optimizer.update(gradients, state, params)[1], None
+
+  state, _ = jax.jit(lambda values: jax.lax.scan(step, optimizer.init(params), values))(values)
+  return float(optax.tree.get(state, "nu")["head/weight"][0, 0])
+
+
+def test_a_second_moment_in_bfloat16_follows_gradients_up_and_down():
+  ups, downs = jnp.full(200, 2.0), jnp.full(200, 0.1)
+  assert second_moment(0.95, ups) == pytest.approx(4, rel=0.08)
+  assert second_moment(0.95, jnp.concatenate([ups, downs])) == pytest.approx(0.01, rel=0.08)
+
+
+@pytest.mark.parametrize("name", ["b1", "b2"])
+def test_a_decay_at_which_a_moment_in_bfloat16_would_never_fall_is_refused(name):
+  with pytest.raises(
+    ConfigError, match=rf"optimizer.{name}=0.999 .* optimizer.state_dtype=bfloat16"
+  ):
+    OptimizerConfig(**{name: 0.999}, state_dtype="bfloat16")
+  OptimizerConfig(**{name: 0.996}, state_dtype="bfloat16")
+
+
+def test_weights_in_bfloat16_may_have_moments_in_float32():
+  template = ModelTemplate(tiny_config(param_dtype="bfloat16"))
+  params, _ = split_trainable(tiny_arrays(template.config), template)
+  optimizer = make_optimizer(OptimizerConfig(state_dtype="float32"), 10, template)
+  state = jax.eval_shape(optimizer.init, params)
+  assert {leaf.dtype for leaf in moments_of(state)} == {jnp.dtype("float32")}
+  updates, after = jax.eval_shape(optimizer.update, params, state, params)
+  assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(
+    lambda leaf: leaf.dtype, state
+  )
+  moved = jax.eval_shape(optax.apply_updates, params, updates)
+  assert {leaf.dtype for leaf in moved.values()} == {jnp.dtype("bfloat16")}
