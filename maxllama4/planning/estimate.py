@@ -314,7 +314,7 @@ def _traffic(share: Share, structure: Structure) -> float:
 
 
 def _memory(share: Share, structure: Structure) -> tuple[dict[str, int], int]:
-  """Bytes at the peak: the state, and the larger of what the loss and the backward pass through the layers need."""
+  """Bytes at the peak, of the loss, the backward pass through the layers or the update; and bytes on the host."""
   arrays = structure.arrays
   parameters = sum(share.stored(array) * array.itemsize for array in arrays)
   state = optimizer_arrays(share.model, share.training.frozen, share.config.optimizer)
@@ -322,20 +322,23 @@ def _memory(share: Share, structure: Structure) -> tuple[dict[str, int], int]:
   gradients = sum(share.stored(array) * array.itemsize for array in arrays if array.is_trained)
   sums = gradients if share.microbatches > 1 else 0  # of the microbatches before
   kept = sum(group.count * _kept_by_layer(share, group.kind) for group in structure.layers)
-  host = 0.0
+  host, waiting = 0.0, optimizer
+  if share.config.optimizer.state_memory == "host":
+    host, waiting = float(optimizer), 0
   if share.training.remat == "offload":
     # Two layers' inputs are on the device: the one in use, and the one on its way.
-    host, kept = kept, 2 * kept / share.model.num_hidden_layers
+    host, kept = host + kept, 2 * kept / share.model.num_hidden_layers
   layer = max(_layer_bytes(share, group) for group in structure.layers)
   # The head's gradient stays whole, in float32, until the backward pass is over.
   head = 4 * share.model.hidden_size * share.model.vocab_size / share.parts("vocab")
+  names = ("parameters", "optimizer", "gradients", "activations", "scratch")
   phases = [
-    {"gradients": sums, "activations": kept, "scratch": head + _loss_bytes(share)},
-    {"gradients": sums + gradients, "activations": kept, "scratch": head + layer},
+    (parameters, waiting, sums, kept, head + _loss_bytes(share)),
+    (parameters, waiting, sums + gradients, kept, head + layer),
+    (parameters, optimizer, gradients, 0, 0),  # the update
   ]
-  peak = max(phases, key=lambda phase: sum(phase.values()))
-  hbm = {"parameters": parameters, "optimizer": optimizer} | peak
-  return {name: round(bytes_) for name, bytes_ in hbm.items()}, round(host)
+  peak = (round(bytes_) for bytes_ in max(phases, key=sum))
+  return dict(zip(names, peak, strict=True)), round(host)
 
 
 def _kept_by_layer(share: Share, kind: LayerKind) -> float:
