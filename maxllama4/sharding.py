@@ -122,8 +122,7 @@ def gather_embed(
   The cast comes before the gather, so that half as much is sent; and the gradient is scattered as it is summed, in
   `dtype`, too.
   """
-  # The barrier keeps the cast here: XLA would make it once for all layers of a scan, in memory.
-  weight, dim = jax.lax.optimization_barrier(weight).astype(dtype), axes.index("embed")
+  weight, dim = weight.astype(dtype), axes.index("embed")
   for axis in reversed(context.axes_of("embed")):
     weight = _gather(weight, axis, dim, context.scatter_phases(axis))
   return weight

@@ -33,7 +33,7 @@ def grouped_matmul(
 ) -> Float[Array, "R F"]:
   """rows[i] @ matrices[e], where e is the group that row i lies in: groups are consecutive, `sizes` rows each.
 
-  Matrices are [E, D, F], or [E, F, D] if `transposed`. Rows beyond the sum of `sizes` give zeros. A group without rows
+  Matrices are [E, D, F], or [E, F, D] if `transposed`. Rows beyond the sum of `sizes` give anything. A group without rows
   gets a zero gradient. Result in the dtype of `rows`.
   """
   kind = current_choice().grouped_matmul
@@ -47,7 +47,7 @@ def grouped_matmul(
 
 
 def automatic(platform: str, shape: tuple[int, int, int]) -> str:
-  """The kind that `auto` stands for, for matrices [E, D, F] of `shape`; reasons in docs/decisions/0006."""
+  """The kind that `auto` stands for, for matrices [E, D, F] of `shape`; reasons in docs/decisions/0009."""
   if platform == "tpu":
     return "megablox" if all(size % LANES == 0 for size in shape[1:]) else "ragged_dot"
   return "tokamax" if platform == "cuda" and has_tokamax() else "blockwise"

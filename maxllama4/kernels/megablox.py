@@ -24,7 +24,7 @@ def megablox(
   transposed: bool = False,
   interpret: bool = False,
 ) -> Float[Array, "R F"]:
-  """`grouped_matmul` by Pallas kernels; `interpret` runs them anywhere, slowly."""
+  """`grouped_matmul` by Pallas kernels; `interpret` runs them anywhere, slowly. Rows of no group are not written."""
   return _megablox(rows, matrices, sizes, transposed, interpret)
 
 
@@ -85,9 +85,8 @@ def _product(rows, matrices, sizes, transposed, interpret):
   num_rows, contracted = rows.shape
   out = matrices.shape[1 if transposed else 2]
   tile = row_tile(num_rows, sizes.size)
-  rows, sizes = _padded(rows, sizes, tile)
+  rows, _ = _padded(rows, sizes, tile)
   tiles = product_tiles(tile, contracted, out, rows.dtype.itemsize)
-  # One group more than there are matrices: the kernel's caller then sets the rows of that group to zero.
   product = gmm(
     rows, matrices, sizes, rows.dtype, tiles, transpose_rhs=transposed, interpret=interpret
   )

@@ -32,12 +32,29 @@ def apply_experts(
   down: Float[Array, "E _ _"],
   transposed: bool = False,
 ) -> Float[Array, "R D"]:
-  """Each row through its expert: groups are consecutive, `sizes` rows each; rows beyond them give zeros.
+  """Each row through its expert: groups are consecutive, `sizes` rows each; rows beyond them give anything.
 
   `down` is [E, F, D], or [E, D, F] if `transposed`.
   """
-  gate, up = jnp.split(grouped_matmul(rows, gate_up, sizes), 2, axis=-1)
-  return grouped_matmul(jax.nn.silu(gate) * up, down, sizes, transposed)
+  hidden = swiglu(grouped_matmul(rows, gate_up, sizes))
+  return grouped_matmul(hidden, down, sizes, transposed)
+
+
+@jax.custom_vjp
+def swiglu(gate_up: Float[Array, "R W"]) -> Float[Array, "R F"]:
+  """silu(gate) * up, of gate and up side by side. The gradient is written once, where `jnp.split` would add up halves."""
+  gate, up = jnp.split(gate_up, 2, axis=-1)
+  return jax.nn.silu(gate) * up
+
+
+def _swiglu_backward(gate_up, gradient):
+  gate, up, gradient = (a.astype(jnp.float32) for a in (*jnp.split(gate_up, 2, axis=-1), gradient))
+  share = jax.nn.sigmoid(gate)
+  halves = (gradient * up * share * (1 + gate * (1 - share)), gradient * gate * share)
+  return (jnp.concatenate([half.astype(gate_up.dtype) for half in halves], axis=-1),)
+
+
+swiglu.defvjp(lambda gate_up: (swiglu(gate_up), gate_up), _swiglu_backward)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -166,9 +166,12 @@ def _route(x, experts, scores, num_experts: int, apply):
   inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
   sizes = jnp.bincount(ids, length=num_experts + 1)[:-1]
 
-  rows = (x[:, :, None] * scores[..., None]).reshape(-1, dim)  # R D
+  # Rows of no expert stand last; what comes back for them, or as their gradient, may be anything.
+  chosen = (experts < num_experts)[..., None]
+  rows = jnp.where(chosen, x[:, :, None] * scores[..., None], 0).reshape(-1, dim)  # R D
   rows = apply(permute_rows(rows, order, inverse), sizes)
-  return permute_rows(rows, inverse, order).reshape(batch, length, choices, dim).sum(2)
+  rows = permute_rows(rows, inverse, order).reshape(batch, length, choices, dim)
+  return jnp.where(chosen, rows, 0).sum(2)
 
 
 @jax.custom_vjp

@@ -100,17 +100,28 @@ def batch_gradients(
   batch: Batch,
   totals: Metrics,
 ) -> tuple[Arrays, dict]:
-  """Gradients of the objective with respect to `params`, and the sums of `microbatch_objective`, over a whole batch."""
+  """Gradients of the objective with respect to `params`, and the sums of `microbatch_objective`, over a whole batch.
+
+  Layers compute in `dtype`, so weights are cast to it here, once: the gradients of a microbatch are then as narrow. They
+  come back in the dtype of the weights.
+  """
+  narrow = {path: _narrowed(value, config.model.dtype) for path, value in params.items()}
 
   def gradients_of(microbatch):
     def objective(params):
       return microbatch_objective(config, template, params | fixed, microbatch, totals)
 
-    return jax.grad(objective, has_aux=True)(params)
+    return jax.grad(objective, has_aux=True)(narrow)
 
   if config.training.gradient_accumulation == 1:
-    return gradients_of(batch)
-  return _accumulate(gradients_of, microbatches_of(config, batch))
+    gradients, sums = gradients_of(batch)
+  else:
+    gradients, sums = _accumulate(gradients_of, microbatches_of(config, batch))
+  return {path: g.astype(params[path].dtype) for path, g in gradients.items()}, sums
+
+
+def _narrowed(value: jax.Array, dtype: str) -> jax.Array:
+  return value.astype(dtype) if jnp.dtype(dtype).itemsize < value.dtype.itemsize else value
 
 
 def batch_totals(batch: Batch) -> Metrics:
