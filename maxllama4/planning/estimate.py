@@ -319,8 +319,13 @@ def _memory(share: Share, structure: Structure) -> tuple[dict[str, int], int]:
   parameters = sum(share.stored(array) * array.itemsize for array in arrays)
   state = optimizer_arrays(share.model, share.training.frozen, share.config.optimizer)
   optimizer = sum(bytes_ // share.parts(*axes) for bytes_, axes in state)
-  gradients = sum(share.stored(array) * array.itemsize for array in arrays if array.is_trained)
-  sums = gradients if share.microbatches > 1 else 0  # of the microbatches before
+  # Weights are cast once a step, and gradients of a microbatch are as narrow; sums over microbatches are float32.
+  trained = [
+    (share.stored(a), min(share.itemsize, a.itemsize), a.itemsize) for a in arrays if a.is_trained
+  ]
+  gradients = sum(elements * narrow for elements, narrow, _ in trained)
+  cast = sum(elements * narrow for elements, narrow, wide in trained if narrow < wide)
+  sums = 4 * sum(elements for elements, *_ in trained) if share.microbatches > 1 else 0
   kept = sum(group.count * _kept_by_layer(share, group.kind) for group in structure.layers)
   host, waiting = 0.0, optimizer
   if share.config.optimizer.state_memory == "host":
@@ -333,9 +338,9 @@ def _memory(share: Share, structure: Structure) -> tuple[dict[str, int], int]:
   head = 4 * share.model.hidden_size * share.model.vocab_size / share.parts("vocab")
   names = ("parameters", "optimizer", "gradients", "activations", "scratch")
   phases = [
-    (parameters, waiting, sums, kept, head + _loss_bytes(share)),
-    (parameters, waiting, sums + gradients, kept, head + layer),
-    (parameters, optimizer, gradients, 0, 0),  # the update
+    (parameters, waiting, sums, kept, cast + head + _loss_bytes(share)),
+    (parameters, waiting, sums + gradients, kept, cast + head + layer),
+    (parameters, optimizer, sums or gradients, 0, 0),  # the update
   ]
   peak = (round(bytes_) for bytes_ in max(phases, key=sum))
   return dict(zip(names, peak, strict=True)), round(host)
