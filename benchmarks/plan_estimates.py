@@ -10,7 +10,6 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import os
 import pathlib
 import time
 
@@ -76,8 +75,6 @@ HELD_OUT = {
 
 def compile_case(name: str, topology: str, settings: str) -> dict:
   """What the compiler says of a case's memory, and what arithmetic says."""
-  from jax.experimental import topologies
-
   from maxllama4.config import load_config
   from maxllama4.planning.chips import parse_topology
   from maxllama4.planning.estimate import estimate
@@ -85,9 +82,8 @@ def compile_case(name: str, topology: str, settings: str) -> dict:
   config = load_config(CONFIGS / f"llama4_{name}.yml", settings.split())
   described = parse_topology(topology)
   cost = estimate(config, described, config.mesh.resolve(described.devices))
-  devices = topologies.get_topology_desc(topology, platform="tpu").devices
   start = time.monotonic()
-  stats = compile_step(config, devices).memory_analysis()
+  stats = compile_step(config, described).memory_analysis()
   peak = stats.peak_memory_in_bytes
   return {
     "topology": topology,
@@ -95,6 +91,7 @@ def compile_case(name: str, topology: str, settings: str) -> dict:
     "settings": settings,
     "compile_seconds": round(time.monotonic() - start),
     "arguments_bytes": stats.argument_size_in_bytes,
+    "temporaries_bytes": stats.temp_size_in_bytes,
     "compiler_peak_bytes": peak,
     "estimate_peak_bytes": cost.peak_hbm_bytes,
     "estimate_bytes": cost.hbm_bytes,
@@ -102,34 +99,25 @@ def compile_case(name: str, topology: str, settings: str) -> dict:
   }
 
 
-def compile_step(config, devices):
-  """The training step of `config`, compiled for described devices."""
-  import jax
-  import numpy as np
-
+def compile_step(config, topology):
+  """The training step of `config`, as a run compiles it, for a described machine."""
   from maxllama4.mesh import build_mesh
   from maxllama4.model.weights import ModelTemplate
+  from maxllama4.planning.compile import described_devices
   from maxllama4.sharding import use_mesh
   from maxllama4.training.optimizer import learning_rate_schedule, make_optimizer
   from maxllama4.training.state import abstract_state
-  from maxllama4.training.step import make_train_step
+  from maxllama4.training.step import lower_train_step
+  from maxllama4.xla_flags import compiler_options
 
-  training = config.training
-  template = ModelTemplate(config.model, training.frozen)
-  optimizer = make_optimizer(config.optimizer, training.steps, template)
-  schedule = learning_rate_schedule(config.optimizer, training.steps)
+  template = ModelTemplate(config.model, config.training.frozen)
+  optimizer = make_optimizer(config.optimizer, config.training.steps, template)
+  schedule = learning_rate_schedule(config.optimizer, config.training.steps)
+  devices = described_devices(topology)
   with use_mesh(build_mesh(config, devices), config.mesh) as context:
-    state = abstract_state(template, optimizer, context)
-    rows, shape = (
-      context.sharding(("batch", "length")),
-      (training.batch_size, training.sequence_length),
-    )
-    names = ("tokens", "targets", "segment_ids", "positions")
-    batch = {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=rows) for name in names}
-    batch["weights"] = jax.ShapeDtypeStruct(shape, np.float32, sharding=rows)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), context.sharding(())
-    step = make_train_step(config, template, optimizer, schedule)
-    return jax.jit(step, donate_argnums=0, out_shardings=shardings).lower(state, batch).compile()
+    state = abstract_state(template, optimizer, context, config.optimizer.state_memory)
+    lowered = lower_train_step(config, template, optimizer, schedule, state, context)
+    return lowered.compile(compiler_options=compiler_options(devices[0].device_kind))
 
 
 def write_table() -> None:
@@ -160,8 +148,6 @@ def main() -> None:
   if arguments.table:
     write_table()
     return
-  # Described devices only: the process itself runs on the CPU, and asks no cloud what machine it is on.
-  os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_STDERR_LOG_LEVEL="3")
   path = RESULTS / "plan_estimates.json"
   for name in arguments.names or [*CASES, *HELD_OUT]:
     entries = json.loads(path.read_text()) if path.exists() else {}

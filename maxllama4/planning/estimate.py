@@ -314,32 +314,36 @@ def _traffic(share: Share, structure: Structure) -> float:
 
 
 def _memory(share: Share, structure: Structure) -> tuple[dict[str, int], int]:
-  """Bytes at the peak: the state, and the larger of what the loss and the backward pass through the layers need."""
-  arrays, size = structure.arrays, share.itemsize
+  """Bytes at the peak, of the loss, the backward pass through the layers or the update; and bytes on the host."""
+  arrays = structure.arrays
   parameters = sum(share.stored(array) * array.itemsize for array in arrays)
   state = optimizer_arrays(share.model, share.training.frozen, share.config.optimizer)
   optimizer = sum(bytes_ // share.parts(*axes) for bytes_, axes in state)
-  gradients = sum(share.stored(array) * array.itemsize for array in arrays if array.is_trained)
-  sums = gradients if share.microbatches > 1 else 0  # of the microbatches before
+  # Weights are cast once a step, and gradients of a microbatch are as narrow; sums over microbatches are float32.
+  trained = [
+    (share.stored(a), min(share.itemsize, a.itemsize), a.itemsize) for a in arrays if a.is_trained
+  ]
+  gradients = sum(elements * narrow for elements, narrow, _ in trained)
+  cast = sum(elements * narrow for elements, narrow, wide in trained if narrow < wide)
+  sums = 4 * sum(elements for elements, *_ in trained) if share.microbatches > 1 else 0
   kept = sum(group.count * _kept_by_layer(share, group.kind) for group in structure.layers)
-  host = 0.0
+  host, waiting = 0.0, optimizer
+  if share.config.optimizer.state_memory == "host":
+    host, waiting = float(optimizer), 0
   if share.training.remat == "offload":
     # Two layers' inputs are on the device: the one in use, and the one on its way.
-    host, kept = kept, 2 * kept / share.model.num_hidden_layers
-  # Stacked weights are cast before the loop over the layers, all at once.
-  scanned = (group for group in structure.layers if group.is_scanned)
-  stacked = (array for group in scanned for array in group.arrays)
-  cast = sum(share.stored(array) * size for array in stacked if array.itemsize != size)
+    host, kept = host + kept, 2 * kept / share.model.num_hidden_layers
   layer = max(_layer_bytes(share, group) for group in structure.layers)
   # The head's gradient stays whole, in float32, until the backward pass is over.
   head = 4 * share.model.hidden_size * share.model.vocab_size / share.parts("vocab")
+  names = ("parameters", "optimizer", "gradients", "activations", "scratch")
   phases = [
-    {"gradients": sums, "activations": kept, "scratch": cast + head + _loss_bytes(share)},
-    {"gradients": sums + gradients, "activations": kept, "scratch": cast + head + layer},
+    (parameters, waiting, sums, kept, cast + head + _loss_bytes(share)),
+    (parameters, waiting, sums + gradients, kept, cast + head + layer),
+    (parameters, optimizer, sums or gradients, 0, 0),  # the update
   ]
-  peak = max(phases, key=lambda phase: sum(phase.values()))
-  hbm = {"parameters": parameters, "optimizer": optimizer} | peak
-  return {name: round(bytes_) for name, bytes_ in hbm.items()}, round(host)
+  peak = (round(bytes_) for bytes_ in max(phases, key=sum))
+  return dict(zip(names, peak, strict=True)), round(host)
 
 
 def _kept_by_layer(share: Share, kind: LayerKind) -> float:
@@ -470,12 +474,13 @@ def _activation_collectives(wire: _Wire, group: Layers) -> None:
   count = group.count * share.microbatches
   forwards = 1 if remat == "none" else 2
   stream = share.tokens * model.hidden_size
-  # Partial sums: of heads and of features, forward where the width is summed over, backward where it was split.
-  for logical, sums in (("heads", 1), ("ffn", 1)):
-    axes = share.axes(logical)
-    if axes:
-      again = 1 if logical == "ffn" else forwards  # a layer's output is not needed again
-      wire.add("all-reduce", axes, sums * stream, dtype, (again + 1) * count, False)
+  # Partial sums: forward of what heads and features add to the stream, backward of the gradient of what they read. A
+  # layer's last sums are not needed again.
+  if share.axes("heads"):
+    wire.add("all-reduce", share.axes("heads"), stream, dtype, (forwards + 1) * count, False)
+  if share.axes("ffn"):
+    networks = 2 if group.kind.is_moe else 1  # routed and shared experts
+    wire.add("all-reduce", share.axes("ffn"), stream, dtype, 2 * networks * count, False)
   experts = share.axes("experts")
   if group.kind.is_moe and experts:
     rows = stream * model.num_experts_per_tok

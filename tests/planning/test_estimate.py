@@ -138,6 +138,18 @@ def test_policies_trade_memory_for_work():
   assert {cost.useful_flops for cost in costs.values()} == {costs["none"].useful_flops}
 
 
+def test_what_is_offloaded_leaves_the_device_for_the_host():
+  full, offloaded = scout(), scout("training.remat=offload")
+  assert offloaded.host_bytes == full.hbm_bytes["activations"] == 48 * 8192 * 5120 * 2
+  assert offloaded.hbm_bytes["activations"] < full.hbm_bytes["activations"] / 20
+  state = scout("optimizer.state_memory=host")
+  assert state.host_bytes == full.hbm_bytes["optimizer"]
+  assert state.peak_hbm_bytes < full.peak_hbm_bytes
+  assert scout("optimizer.state_dtype=bfloat16").hbm_bytes["optimizer"] == pytest.approx(
+    full.hbm_bytes["optimizer"] / 2
+  )
+
+
 def test_useful_work_is_that_of_the_documented_rule():
   cost = scout()
   assert cost.useful_flops == pytest.approx(8192 * 108.9e9, rel=0.001)
