@@ -5,6 +5,7 @@ import json
 import pytest
 
 from maxllama4 import cli
+from maxllama4.config import load_config
 from maxllama4.planning import plan
 from maxllama4.planning.compile import Compiled
 from maxllama4.planning.hlo import Collective, Summary
@@ -180,3 +181,14 @@ def test_decoding_is_planned_with_its_caches(desk):
 def test_a_mistake_is_said_in_one_sentence(desk, words, says):
   message = desk.plan(*words, code=2)
   assert says in message and len(message.splitlines()) == 1 and desk.calls == 0
+
+
+def test_a_search_compiles_the_best_few_and_writes_the_winner(desk):
+  words = (V5P, "search=true", "best=2", "save=best.yml")
+  found = json.loads(desk.plan(*words, "output=json"))
+  assert desk.calls == 2 and len(found["candidates"]) == 2
+  seconds = [candidate["step_seconds"] for candidate in found["candidates"]]
+  assert seconds == sorted(seconds) and found["step_seconds"] == seconds[0]
+  winner = load_config("best.yml", [])
+  assert winner.mesh.resolve(64) == found["mesh"]
+  assert found["candidates"][0]["description"] in desk.plan(*words)
