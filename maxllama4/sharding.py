@@ -124,7 +124,7 @@ def gather_embed(
   """
   weight = weight.astype(dtype)
   ((dim, name),) = [(i, name) for i, name in enumerate(axes) if name in EMBED_AXES]
-  for axis in reversed(context.axes_of(name)):
+  for axis in reversed([a for a in context.axes_of(name) if context.mesh.shape[a] > 1]):
     weight = _gather(weight, axis, dim, context.scatter_phases(axis))
   return weight
 

@@ -34,7 +34,13 @@ def test_the_table_splits_every_kind_of_weight():
     f"{dense}/attention/out": (2, 6, 4),
     f"{dense}/feed_forward/gate": (4, 12),  # ffn / tensor
     f"{dense}/feed_forward/down": (12, 4),
-    f"{experts}/feed_forward/gate_up": (2, 2, 2, 8, 4),  # layers whole, experts / expert, expert_embed / fsdp
+    f"{experts}/feed_forward/gate_up": (
+      2,
+      2,
+      2,
+      8,
+      4,
+    ),  # layers whole, experts / expert, expert_embed / fsdp
     f"{experts}/feed_forward/down": (2, 2, 4, 8),
     f"{experts}/feed_forward/router/weight": (2, 4, 4),
     f"{experts}/feed_forward/router/bias": (2, 4),
