@@ -404,6 +404,8 @@ class Config:
   compilation_cache: str | None = (
     "compiled"  # a folder, relative to run_dir; null: compile anew each time
   )
+  # Of XLA, over the preset of xla_flags.py; those that begin with xla_tpu_ count on TPUs alone.
+  compiler_options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
   run_dir: str
 
   def __post_init__(self):

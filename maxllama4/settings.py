@@ -248,6 +248,12 @@ def _convert(hint: Any, value: Any, path: str, known: Sequence[str]) -> Any:
     if value is None and type(None) in arguments:
       return None
     options = [option for option in arguments if option is not type(None)]
+    if len(options) > 1 and set(options) <= set(_NAMES):
+      names = [name.partition(";")[0] for name in _NAMES.values()]
+      require(
+        isinstance(value, tuple(options)), f"{path}={_shown(value)} must be {', '.join(names)}."
+      )
+      return value
     is_list = isinstance(value, (list, tuple))
     options.sort(key=lambda option: (typing.get_origin(option) is tuple) != is_list)
     return _convert(options[0], value, path, known)

@@ -140,8 +140,7 @@ def _gather(weight, axis, dim, phases):
       gradient = jax.lax.psum_scatter(
         gradient, axis, scatter_dimension=dim, axis_index_groups=groups, tiled=True
       )
-    # Without, XLA for TPU fused the cast that follows with half of the scatter, and summed everything everywhere.
-    return (jax.lax.optimization_barrier(gradient),)
+    return (gradient,)
 
   gather.defvjp(lambda weight: (gather(weight), None), scatter)
   return gather(weight)

@@ -1,8 +1,8 @@
-"""Options of XLA's TPU compiler, by chip: what training runs with, and what a plan compiles with."""
+"""Options of XLA: presets for TPUs, by chip, and what a run sets over them. Training and plans compile with the same."""
 
 from maxllama4.chips import chip_of
 
-Options = dict[str, bool | int | str]
+Options = dict[str, bool | int | float | str]
 
 # Weight gathers are started early and fused with products that run meanwhile.
 _ASYNC_GATHERS: Options = {
@@ -21,7 +21,9 @@ PRESETS: dict[str, Options] = {
 }
 
 
-def compiler_options(device_kind: str) -> Options:
-  """What to compile a step with for devices of a kind, as JAX names it; nothing for others than TPUs."""
+def compiler_options(device_kind: str, own: Options) -> Options:
+  """What to compile a step with for devices of a kind, as JAX names it: the preset, if it is a TPU, and a run's `own`."""
   chip = chip_of(device_kind)
-  return dict(PRESETS[chip.name]) if chip is not None else {}
+  if chip is None:
+    return {name: value for name, value in own.items() if not name.startswith("xla_tpu_")}
+  return PRESETS[chip.name] | own

@@ -235,6 +235,13 @@ def test_a_value_outside_its_choices_is_told_them(path, override, choices):
   assert f"{override} is not one of {choices}" in mistake(path, override)
 
 
+def test_an_option_of_the_compiler_is_a_number_a_truth_or_a_text(path):
+  for value in ("3", "0.5", "true", "fast"):
+    options = load_config(path, [f"compiler_options={{xla_a: {value}}}"]).compiler_options
+    assert options == {"xla_a": yaml.safe_load(value)}
+  assert "compiler_options.xla_a=[1] must be" in mistake(path, "compiler_options={xla_a: [1]}")
+
+
 # Contradictions
 
 

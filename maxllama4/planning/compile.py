@@ -54,10 +54,8 @@ class Compiled:
   """
 
   fits: bool
+  peak_hbm_bytes: int  # at any moment: what must fit
   arguments_bytes: int
-  outputs_bytes: int
-  aliased_bytes: int  # of the outputs: written over arguments
-  temporary_bytes: int
   host_bytes: int
   state_bytes: dict[
     str, int
@@ -65,10 +63,6 @@ class Compiled:
   summary: Summary | None
   cost: dict[str, float]  # the compiler's own sums, every loop counted once: flops, bytes accessed
   seconds: float
-
-  @property
-  def peak_hbm_bytes(self) -> int:
-    return self.arguments_bytes + self.outputs_bytes - self.aliased_bytes + self.temporary_bytes
 
 
 def libtpu_version() -> str:
@@ -113,9 +107,8 @@ def compile_train_step(config: Config, topology: Topology) -> tuple[Compiled, st
     def lower() -> jax.stages.Lowered:
       return lower_train_step(config, template, optimizer, schedule, state, context)
 
-    return _compile(
-      lower, context, {"parameters": state.model, "optimizer": (state.optimizer, state.health)}
-    )
+    parts = {"parameters": state.model, "optimizer": (state.optimizer, state.health)}
+    return _compile(lower, context, config.compiler_options, parts)
 
 
 def compile_decoding(
@@ -140,7 +133,7 @@ def compile_decoding(
     keys = jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0), rows)))
     keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=by_row)
     prefill = start.lower(weights, ids, ids, keys, None, max_length=length)
-    compiled, _ = _compile(lambda: prefill, context, {"parameters": weights})
+    compiled, _ = _compile(lambda: prefill, context, {}, {"parameters": weights})
     found = {"prefill": compiled}
     if not compiled.fits:
       return found, ""
@@ -148,6 +141,7 @@ def compile_decoding(
     found["step"], text = _compile(
       lambda: advance.lower(weights, state, count=1),
       context,
+      {},
       {"parameters": weights, "caches": state.caches},
     )
     return found, text
@@ -167,12 +161,12 @@ def cache_shapes(prefill: jax.stages.Lowered, context: MeshContext):
 
 
 def _compile(
-  lower: Callable[[], jax.stages.Lowered], context: MeshContext, state: dict
+  lower: Callable[[], jax.stages.Lowered], context: MeshContext, own: dict, state: dict
 ) -> tuple[Compiled, str]:
-  """Compiles for the devices of `context`; `state` are the arguments to be told apart."""
+  """Compiles for the devices of `context`, with a run's `own` options; `state` are the arguments to be told apart."""
   start = time.perf_counter()
   state_bytes = {name: sharded_bytes(tree) for name, tree in state.items()}
-  options = compiler_options(context.mesh.devices.flat[0].device_kind)
+  options = compiler_options(context.mesh.devices.flat[0].device_kind, own)
   lowered = lower()
   try:
     compiled = lowered.compile(compiler_options=options)
@@ -184,10 +178,8 @@ def _compile(
   costs = compiled.cost_analysis() or {}
   found = Compiled(
     fits=True,
+    peak_hbm_bytes=stats.peak_memory_in_bytes,
     arguments_bytes=stats.argument_size_in_bytes,
-    outputs_bytes=stats.output_size_in_bytes,
-    aliased_bytes=stats.alias_size_in_bytes,
-    temporary_bytes=stats.temp_size_in_bytes,
     host_bytes=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
     state_bytes=state_bytes,
     summary=summarize(text, context.mesh),
@@ -217,10 +209,8 @@ def _overflow(message: str, state_bytes: dict[str, int], seconds: float) -> Comp
     temporaries = max(0, _bytes(sizes["needed"]) - arguments)
   return Compiled(
     fits=False,
+    peak_hbm_bytes=arguments + temporaries,
     arguments_bytes=arguments,
-    outputs_bytes=0,
-    aliased_bytes=0,
-    temporary_bytes=temporaries,
     host_bytes=0,
     state_bytes=state_bytes,
     summary=None,

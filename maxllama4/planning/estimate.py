@@ -326,7 +326,7 @@ def _memory(share: Share, structure: Structure) -> tuple[dict[str, int], int]:
   gradients = sum(elements * narrow for elements, narrow, _ in trained)
   cast = sum(elements * narrow for elements, narrow, wide in trained if narrow < wide)
   sums = 4 * sum(elements for elements, *_ in trained) if share.microbatches > 1 else 0
-  kept = sum(group.count * _kept_by_layer(share, group.kind) for group in structure.layers)
+  kept = sum(group.count * _kept_by_layer(share, group) for group in structure.layers)
   host, waiting = 0.0, optimizer
   if share.config.optimizer.state_memory == "host":
     host, waiting = float(optimizer), 0
@@ -346,24 +346,28 @@ def _memory(share: Share, structure: Structure) -> tuple[dict[str, int], int]:
   return dict(zip(names, peak, strict=True)), round(host)
 
 
-def _kept_by_layer(share: Share, kind: LayerKind) -> float:
+def _kept_by_layer(share: Share, group: Layers) -> float:
   """Bytes that a layer keeps for its backward pass."""
   model, remat = share.model, share.training.remat
   queries = model.num_attention_heads * model.head_dim / share.parts("heads")
   keys = model.num_key_value_heads * model.head_dim / share.parts("kv_heads")
-  width = model.hidden_size  # the layer's input
-  features = model.intermediate_size if kind.is_moe else model.intermediate_size_mlp
+  features = model.intermediate_size if group.kind.is_moe else model.intermediate_size_mlp
   features /= share.parts("ffn")
-  if remat == "matmuls":
-    width += queries + 2 * keys + 2 * model.hidden_size + 2 * features
+  width, whole = model.hidden_size, 0  # the layer's input
+  if (
+    remat == "matmuls"
+  ):  # of weights: what goes into attention and comes out, and into the (shared) network
+    width += queries + 2 * keys + model.hidden_size + 2 * features
   if remat == "attention":
     width += queries
   if remat == "none":
-    width += 6 * model.hidden_size + 3 * (queries + 2 * keys) + 4 * features
-    if kind.is_moe:
-      rows = model.num_experts_per_tok
-      width += rows * (3 * model.hidden_size + 4 * features)
-  return share.tokens * width * share.itemsize
+    # Norms keep their input in float32; products keep what they take in, gathered weights included.
+    width += 8 * model.hidden_size + 3 * (queries + 2 * keys) + 4 * features
+    if group.kind.is_moe:
+      width += model.num_experts_per_tok * (3 * model.hidden_size + 4 * features)
+    if share.axes("embed"):
+      whole = sum(share.gathered(array) for array in group.arrays)
+  return (share.tokens * width + whole) * share.itemsize
 
 
 def _loss_bytes(share: Share) -> float:

@@ -209,7 +209,8 @@ class Run:
     lowered = lower_train_step(
       self.config, self.template, self.optimizer, self.schedule, self.state, self.context
     )
-    compiled = lowered.compile(compiler_options=compiler_options(self._device_kind))
+    options = compiler_options(self._device_kind, self.config.compiler_options)
+    compiled = lowered.compile(compiler_options=options)
     self.compile_seconds = time.perf_counter() - start
     total, active = count_parameters(self.config.model)
     training = self.config.training

@@ -53,11 +53,11 @@ def test_only_whole_cubes_and_whole_sides_of_a_pod_are_rings():
   [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v6 lite", "v6e"), ("TPU7x", "tpu7x")],
 )  # fmt: skip
 def test_a_device_kind_names_its_chip(kind, name):
-  assert chip_of(kind).name == name and compiler_options(kind) == PRESETS[name]
+  assert chip_of(kind).name == name and compiler_options(kind, {}) == PRESETS[name]
 
 
 def test_other_devices_are_no_chip_and_take_no_options():
-  assert chip_of("NVIDIA H200") is None and compiler_options("cpu") == {}
+  assert chip_of("NVIDIA H200") is None and compiler_options("cpu", {"xla_tpu_x": 1, "xla_y": 2}) == {"xla_y": 2}
 
 
 def test_every_chip_has_its_options_and_plausible_rates():
