@@ -57,7 +57,9 @@ def test_a_device_kind_names_its_chip(kind, name):
 
 
 def test_other_devices_are_no_chip_and_take_no_options():
-  assert chip_of("NVIDIA H200") is None and compiler_options("cpu", {"xla_tpu_x": 1, "xla_y": 2}) == {"xla_y": 2}
+  assert chip_of("NVIDIA H200") is None and compiler_options(
+    "cpu", {"xla_tpu_x": 1, "xla_y": 2}
+  ) == {"xla_y": 2}
 
 
 def test_every_chip_has_its_options_and_plausible_rates():
