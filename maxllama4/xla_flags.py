@@ -16,7 +16,7 @@ PRESETS: dict[str, Options] = {
   "v4": _ASYNC_GATHERS,
   "v5e": _ASYNC_GATHERS,
   "v5p": _ASYNC_GATHERS,
-  "v6e": _ASYNC_GATHERS,
+  "v6e": {"xla_enable_async_all_gather": True},  # its compiler refuses collective fusions
   "tpu7x": _ASYNC_GATHERS,
 }
 

@@ -34,6 +34,12 @@ class Devices:
     places = np.array(np.unravel_index(group, self.sizes))  # axes members
     return tuple(axis for axis, place in zip(self.axes, places) if np.ptp(place) > 0)
 
+  def spanning_axes(self) -> tuple[str, ...]:
+    """The mesh axes along which the slice changes."""
+    slices = np.array(self.slices).reshape(self.sizes)
+    changes = (np.any(np.diff(slices, axis=i)) for i in range(len(self.axes)))
+    return tuple(axis for axis, change in zip(self.axes, changes) if change)
+
   def leaves_slice(self, group: list[int]) -> bool:
     return len({self.slices[device] for device in group}) > 1
 

@@ -34,7 +34,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 # Opcodes that move nothing through memory by themselves.
 _FREE = {
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
-  *("after-all", "add-dependency", "partition-id", "replica-id", "opt-barrier", "domain"),
+  *("recv", "after-all", "add-dependency", "partition-id", "replica-id", "opt-barrier", "domain"),
 }  # fmt: skip
 
 
@@ -162,6 +162,8 @@ class _Reader:
     kind = op.removesuffix("-start")
     if kind in KINDS:
       self._add_collective(tally, computation, instruction, kind)
+    elif op == "send":
+      self._add_between_slices(tally, computation, instruction)
     elif op == "while":
       body = instruction.called("body")
       tally.add(self.tally(body), self.loops.count(computation, instruction))
@@ -240,12 +242,7 @@ class _Reader:
       group, share = permutation(instruction.rest, self._devices)
     else:
       group = replica_group(instruction.rest, self._devices)
-      n = len(group)
-      share = {
-        "all-gather": n - 1,
-        "all-reduce": 2 * (n - 1) / n,
-        "collective-broadcast": 1,
-      }.get(kind, (n - 1) / n)
+      share = _share(kind, len(group))
     if share == 0:
       return
     axes, dcn = self._devices.axes_of(group), self._devices.leaves_slice(group)
@@ -255,6 +252,20 @@ class _Reader:
     tally.hbm_bytes += _traffic(computation, instruction)
     if kind == "all-reduce" and any("dynamic-update-slice" in o for o in instruction.operands):
       tally.emulated_gather_bytes += size * share
+
+  def _add_between_slices(
+    self, tally: _Tally, computation: Computation, instruction: Instruction
+  ) -> None:
+    """The part of a collective that leaves the slice is handed to the host, and comes back from it."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+    if found is None:
+      return
+    kind = found[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
+    n = len(set(self._devices.slices))
+    share = _share(kind, n) if kind != "collective-permute" else 1
+    shape = computation.operand_shapes(instruction)[0]
+    key = (kind, self._devices.spanning_axes(), shape.partition("[")[0], True, True)
+    tally.count_collective(key, 1, bytes_of(shape) * share)
 
   def _scatters(self, computation: Computation) -> bool:
     """Whether a fused computation is an all-reduce of which each device keeps its slice."""
@@ -275,6 +286,12 @@ class _Reader:
     if updates is not None:
       return total + updates
     return total + sum(bytes_of(shape) for shape in instruction.shapes() if _in_hbm(shape))
+
+
+def _share(kind: str, n: int) -> float:
+  """Bytes that a device sends over those that it is given, of `n` devices in a group."""
+  shares = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-broadcast": 1}
+  return shares.get(kind, (n - 1) / n)
 
 
 def _as_reduce_scatter(key: tuple) -> tuple:

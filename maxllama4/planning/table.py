@@ -56,7 +56,7 @@ def wire_lines(plan: Plan) -> list[tuple[str, str]]:
     axes = "+".join(c.axes) + (" between slices" if c.dcn else "")
     when = "started early" if c.asynchronous else "waited for"
     lines.append(
-      ("", f"{c.bytes / GB:9.4g} GB  {c.kind:<18} {axes:<12} {c.dtype:<5} {c.count:>6} x  {when}")
+      ("", f"{c.bytes / GB:9.4g} GB  {c.kind:<18} {axes:<20} {c.dtype:<5} {c.count:>6} x  {when}")
     )
   rest = total - sum(c.bytes for c in shown)
   if len(shown) < len(plan.collectives):

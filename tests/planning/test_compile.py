@@ -40,14 +40,14 @@ def test_the_training_step_compiles_for_chips_that_are_not_there(step):
 
 
 def test_the_state_is_given_away_and_counted_as_it_is_sharded(step, config):
-  compiled, _ = step
+  compiled, text = step
   expected = bytes_per_device(config)
   assert compiled.state_bytes["parameters"] == expected["parameters_bytes"]
   guard = compiled.state_bytes["optimizer"] - expected["optimizer_bytes"]
   assert 0 <= guard < 64  # the scalars that watch over losses
-  # Small arrays take more than they hold: tiles are padded.
-  assert compiled.arguments_bytes >= sum(compiled.state_bytes.values())
-  assert compiled.aliased_bytes >= sum(compiled.state_bytes.values())
+  # Small arrays take more than they hold: tiles are padded. What comes out is written over them.
+  assert compiled.peak_hbm_bytes > compiled.arguments_bytes >= sum(compiled.state_bytes.values())
+  assert "may-alias" in text.partition("\n")[0]
 
 
 def small_program(topology: str, rows: int):
@@ -64,7 +64,7 @@ def small_program(topology: str, rows: int):
 def test_what_does_not_fit_is_said_with_how_much_is_missing():
   pytest.importorskip("libtpu")
   lowered, context, x = small_program("v5e:2x2", 80_000)
-  compiled, text = planning_compile._compile(lambda: lowered, context, {"parameters": x})
+  compiled, text = planning_compile._compile(lambda: lowered, context, {}, {"parameters": x})
   needed = 80_000**2 * 4 + 80_000 * 128 * 4
   assert not compiled.fits and compiled.summary is None and text == ""
   assert abs(compiled.peak_hbm_bytes / needed - 1) < 0.1 and needed > CHIPS["v5e"].hbm_bytes
@@ -110,7 +110,7 @@ def test_every_chip_is_known_to_libtpu_and_takes_its_options(chip):
   shape = "2x2" if CHIPS[chip].torus_dims == 2 else "2x2x1"
   lowered, context, x = small_program(f"{chip}:{shape}", 256)
   assert context.mesh.size == 4 * CHIPS[chip].devices
-  compiled, _ = planning_compile._compile(lambda: lowered, context, {"parameters": x})
+  compiled, _ = planning_compile._compile(lambda: lowered, context, {}, {"parameters": x})
   assert compiled.fits and PRESETS[chip]
 
 

@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -70,6 +71,31 @@ def test_cycles_and_traffic_are_counted(program):
   assert program.estimated_cycles == sum(program.cycles_by_kind.values()) > 0
   assert program.cycles_by_kind["matmul"] * 459e12 / 1.75e9 > program.matmul_flops
   assert program.hbm_traffic_bytes > LAYERS * DIM * DIM * 2
+
+
+def test_what_leaves_a_slice_is_found_in_the_hands_of_the_host():
+  """A gradient over two slices: gathered and scattered inside each, and its shards summed between them."""
+  pytest.importorskip("libtpu")
+  from maxllama4.planning.compile import described_devices
+
+  devices = described_devices(parse_topology("v5p:2x2x1", slices=2))
+  placed = mesh_utils.create_hybrid_device_mesh((1, 4), (2, 1), devices)
+  auto = (jax.sharding.AxisType.Auto,) * 2
+  mesh = jax.sharding.Mesh(placed, ("data", "fsdp"), axis_types=auto)
+
+  def loss(w, x):
+    return (x @ w).astype(jnp.float32).sum()
+
+  w, x = (
+    jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    for shape, spec in (((DIM, DIM), P("fsdp")), ((8 * ROWS, DIM), P(("data", "fsdp"))))
+  )
+  gradient = jax.jit(jax.grad(lambda w, x: loss(jnp.tanh(w), x)), out_shardings=w.sharding)
+  found = summarize(gradient.lower(w, x).compile().as_text(), mesh).collectives
+  between = [collective for collective in found if collective.dcn]
+  assert [(c.kind, c.axes) for c in between] == [("all-reduce", ("data",))]
+  assert between[0].bytes <= DIM * DIM * 2 and between[0].asynchronous
+  assert all(c.axes == ("fsdp",) for c in found if not c.dcn)
 
 
 def loop_program(condition: str, start: int, step: int) -> str:

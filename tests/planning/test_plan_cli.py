@@ -32,7 +32,7 @@ def compiled(fits: bool = True, temporary: int = 20 * 10**9, **state: int) -> Co
     (gather,), 8e14, 1e14, 1e14, 4 * 10**9, {"matmul": 4 * 10**9}, 10**12, 0, (), ()
   )
   size = sum(state.values())
-  return Compiled(fits, size, size, size, temporary, 0, state, summary if fits else None, {}, 100.0)
+  return Compiled(fits, size + temporary, size, 0, state, summary if fits else None, {}, 100.0)
 
 
 @pytest.fixture
