@@ -178,7 +178,7 @@ def test_weights_are_gathered_twice_and_their_gradients_scattered_once_all_in_th
 
 
 def test_a_gather_in_phases_and_its_gradient_are_those_of_one_gather():
-  rules, axes = MeshConfig(fsdp=8), ("experts", "embed", "ffn")
+  rules, axes = MeshConfig(fsdp=8), ("experts", "expert_embed", "ffn")
 
   class Phased(MeshContext):
     def scatter_phases(self, axis):  # as on a torus of three dimensions
