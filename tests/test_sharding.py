@@ -42,7 +42,7 @@ def test_the_table_splits_every_kind_of_weight():
       4,
     ),  # layers whole, experts / expert, expert_embed / fsdp
     f"{experts}/feed_forward/down": (2, 2, 4, 8),
-    f"{experts}/feed_forward/router/weight": (2, 4, 4),
+    f"{experts}/feed_forward/router/weight": (2, 16, 4),
     f"{experts}/feed_forward/router/bias": (2, 4),
   }
   assert {path: parts[path] for path in expected} == expected

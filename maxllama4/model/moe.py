@@ -46,7 +46,8 @@ class Router(nnx.Module):
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     experts = config.num_local_experts
-    self.weight = weight(rngs, (config.hidden_size, experts), ("embed", None), config)
+    # Small, and whole everywhere: split along D, XLA would rather gather the tokens than it.
+    self.weight = weight(rngs, (config.hidden_size, experts), (None, None), config)
     self.bias = RouterBias(jnp.zeros((experts,), jnp.float32), logical_axes=(None,))
     self.choices = config.num_experts_per_tok
 
