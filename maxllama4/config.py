@@ -48,7 +48,8 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 DEFAULT_RULES = {
   "batch": ("data", "fsdp", "expert"),
   "length": "context",
-  "embed": "fsdp",
+  "embed": ("fsdp", "context", "expert"),
+  "expert_embed": ("fsdp", "context"),  # in the weights of routed experts
   "vocab": "tensor",
   "heads": "tensor",
   "kv_heads": "tensor",
@@ -57,6 +58,8 @@ DEFAULT_RULES = {
   "layers": None,
 }
 LOGICAL_AXES = tuple(DEFAULT_RULES)
+# The dimension of a weight along which it is gathered for each product.
+EMBED_AXES = ("embed", "expert_embed")
 # Logical axes that meet in one array: no two of them may be split over the same mesh axis.
 _ARRAYS = (
   ("batch", "length", "heads"),
@@ -65,7 +68,8 @@ _ARRAYS = (
   ("vocab", "embed"),
   ("embed", "heads"),
   ("embed", "kv_heads"),
-  ("experts", "embed", "ffn"),
+  ("embed", "ffn"),
+  ("experts", "expert_embed", "ffn"),
 )
 
 
@@ -449,7 +453,7 @@ def check_mesh_divides(config: Config, sizes: dict[str, int]) -> None:
     ("batch", "training.batch_size / training.gradient_accumulation", microbatch),
     ("length", "training.sequence_length", training.sequence_length),
   ]
-  fields = ["embed hidden_size", "vocab vocab_size"]
+  fields = ["embed hidden_size", "expert_embed hidden_size", "vocab vocab_size"]
   fields += ["heads num_attention_heads", "kv_heads num_key_value_heads"]
   if any(kind.is_moe for kind in kinds):
     fields += ["experts num_local_experts", "ffn intermediate_size"]

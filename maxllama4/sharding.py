@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maxllama4.config import LOGICAL_AXES, MeshConfig, ModelConfig
+from maxllama4.config import EMBED_AXES, LOGICAL_AXES, MeshConfig, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +117,14 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 def gather_embed(
   context: MeshContext, weight: jax.Array, axes: tuple[str | None, ...], dtype: Any
 ) -> jax.Array:
-  """A device's part of `weight` in `dtype`, whole along the dimension that `axes` call `embed`; for use in `shard_map`.
+  """A device's part of `weight` in `dtype`, whole along the dimension that `axes` call one of `EMBED_AXES`.
 
-  The cast comes before the gather, so that half as much is sent; and the gradient is scattered as it is summed, in
+  For use in `shard_map`. The cast comes before the gather, so that half as much is sent; and the gradient is scattered as it is summed, in
   `dtype`, too.
   """
-  weight, dim = weight.astype(dtype), axes.index("embed")
-  for axis in reversed(context.axes_of("embed")):
+  weight = weight.astype(dtype)
+  ((dim, name),) = [(i, name) for i, name in enumerate(axes) if name in EMBED_AXES]
+  for axis in reversed([a for a in context.axes_of(name) if context.mesh.shape[a] > 1]):
     weight = _gather(weight, axis, dim, context.scatter_phases(axis))
   return weight
 

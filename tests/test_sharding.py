@@ -26,17 +26,23 @@ def test_the_table_splits_every_kind_of_weight():
   parts = {path: shardings[path].shard_shape(shape.shape) for path, shape in shapes.items()}
   dense, experts = "decoder/rest/layers/0", "decoder/cycles/layers/1"  # the latter a stack of two
   expected = {
-    "embed/weight": (16, 8),  # vocab / tensor, embed / fsdp
-    "head/weight": (8, 16),
+    "embed/weight": (16, 4),  # vocab / tensor, embed / fsdp and expert
+    "head/weight": (4, 16),
     "norm/weight": (16,),
-    f"{dense}/attention/query": (8, 2, 6),  # embed / fsdp, heads / tensor
-    f"{dense}/attention/key": (8, 1, 6),
-    f"{dense}/attention/out": (2, 6, 8),
-    f"{dense}/feed_forward/gate": (8, 12),  # ffn / tensor
-    f"{dense}/feed_forward/down": (12, 8),
-    f"{experts}/feed_forward/gate_up": (2, 2, 2, 8, 4),  # layers whole, experts / expert
+    f"{dense}/attention/query": (4, 2, 6),  # embed / fsdp and expert, heads / tensor
+    f"{dense}/attention/key": (4, 1, 6),
+    f"{dense}/attention/out": (2, 6, 4),
+    f"{dense}/feed_forward/gate": (4, 12),  # ffn / tensor
+    f"{dense}/feed_forward/down": (12, 4),
+    f"{experts}/feed_forward/gate_up": (
+      2,
+      2,
+      2,
+      8,
+      4,
+    ),  # layers whole, experts / expert, expert_embed / fsdp
     f"{experts}/feed_forward/down": (2, 2, 4, 8),
-    f"{experts}/feed_forward/router/weight": (2, 8, 4),
+    f"{experts}/feed_forward/router/weight": (2, 4, 4),
     f"{experts}/feed_forward/router/bias": (2, 4),
   }
   assert {path: parts[path] for path in expected} == expected

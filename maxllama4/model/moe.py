@@ -117,9 +117,9 @@ class RoutedAndSharedMoE(nnx.Module):
     # Gate, then up. Not side by side along a row: on a mesh each is split alike.
     shape = (num_experts, 2, config.hidden_size, features)
     self.router = Router(config, rngs=rngs)
-    self.gate_up = weight(rngs, shape, ("experts", None, "embed", "ffn"), config)
+    self.gate_up = weight(rngs, shape, ("experts", None, "expert_embed", "ffn"), config)
     shape = (num_experts, features, config.hidden_size)
-    self.down = zeros(shape, ("experts", "ffn", "embed"), config)
+    self.down = zeros(shape, ("experts", "ffn", "expert_embed"), config)
     self.shared_expert = GatedMLP(config, features, rngs=rngs)
 
   def __call__(
@@ -196,7 +196,8 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
   def local(x, experts, scores, gate_up, down):
     # Laid out as the products want it before the gather: after it, that would be a copy of a whole layer. What is
     # gathered along its last dimension is such a copy, too.
-    parts, axes = (gate_up[:, 0], gate_up[:, 1], down.swapaxes(1, 2)), ("experts", "embed", "ffn")
+    parts = (gate_up[:, 0], gate_up[:, 1], down.swapaxes(1, 2))
+    axes = ("experts", "expert_embed", "ffn")
     weights = [gather_embed(context, part, axes, x.dtype) for part in parts]
 
     def apply(rows, sizes):
@@ -215,8 +216,8 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
       tokens,
       tokens,
       tokens,
-      context.spec(("experts", None, "embed", "ffn")),
-      context.spec(("experts", "ffn", "embed")),
+      context.spec(("experts", None, "expert_embed", "ffn")),
+      context.spec(("experts", "ffn", "expert_embed")),
     ),
     out_specs=tokens,
     check_vma=False,

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maxllama4.config import Config, LayerKind, ModelConfig, OptimizerConfig
+from maxllama4.config import EMBED_AXES, Config, LayerKind, ModelConfig, OptimizerConfig
 from maxllama4.model.dispatch import SLACK, WIDE
 from maxllama4.model.llama4 import train_flops_per_token
 from maxllama4.model.weights import ModelTemplate, is_stacked
@@ -189,7 +189,7 @@ class Share:
 
   def gathered(self, array: Array) -> int:
     """Elements of one copy of `array` as products take it: whole along `embed`."""
-    return array.size // self.parts(*(name for name in array.axes if name != "embed"))
+    return array.size // self.parts(*(name for name in array.axes if name not in EMBED_AXES))
 
 
 def peak_hbm_bytes(config: Config, sizes: Mapping[str, int]) -> int:
@@ -303,7 +303,7 @@ def _traffic(share: Share, structure: Structure) -> float:
     bytes_ += layers * repeats * tokens * widths * size
   # Gathered weights are written once each time, gradients written and read; the optimizer reads and writes its state.
   for array in structure.arrays:
-    gathers = 3 if array.axes and "embed" in array.axes else 0
+    gathers = 3 if set(array.axes or ()) & set(EMBED_AXES) else 0
     bytes_ += gathers * share.microbatches * array.copies * share.gathered(array) * size
     bytes_ += 2 * share.stored(array) * array.itemsize
   state = optimizer_arrays(share.model, share.training.frozen, share.config.optimizer)
@@ -365,7 +365,7 @@ def _kept_by_layer(share: Share, group: Layers) -> float:
     width += 8 * model.hidden_size + 3 * (queries + 2 * keys) + 4 * features
     if group.kind.is_moe:
       width += model.num_experts_per_tok * (3 * model.hidden_size + 4 * features)
-    if share.axes("embed"):
+    if share.axes("embed") or share.axes("expert_embed"):
       whole = sum(share.gathered(array) for array in group.arrays)
   return (share.tokens * width + whole) * share.itemsize
 
@@ -455,7 +455,7 @@ def _weight_collectives(wire: _Wire, array: Array, gathers: int) -> None:
   """Gathers in the dtype of the activations; gradients scattered in it as they are summed, then summed over the rest."""
   share, dtype = wire.share, wire.share.model.dtype
   count = array.copies * share.microbatches
-  over = share.axes(*(name for name in array.axes if name == "embed"))
+  over = share.axes(*(name for name in array.axes if name in EMBED_AXES))
   whole = share.gathered(array)
   if over:
     wire.add("all-gather", over, whole, dtype, gathers * count, True)
@@ -468,7 +468,7 @@ def _weight_collectives(wire: _Wire, array: Array, gathers: int) -> None:
   if rest:
     rest = tuple(axis for axis in share.token_axes if axis in rest)
     wire.add(
-      "all-reduce", rest, whole / share.parts("embed") if over else whole, dtype, count, True
+      "all-reduce", rest, whole / math.prod(share.sizes[axis] for axis in over), dtype, count, True
     )
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from maxllama4.config import OptimizerConfig, require
+from maxllama4.config import EMBED_AXES, OptimizerConfig, require
 from maxllama4.model.weights import ModelTemplate
 from maxllama4.training.state import array_of
 
@@ -119,9 +119,10 @@ def matrix_of(axes: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumber
   network or out of it: embedding, head, router, patches, projector.
   """
   others = tuple(i for i, name in enumerate(axes) if name in ("heads", "kv_heads", "ffn"))
-  if "embed" not in axes or not others:
+  embeds = [i for i, name in enumerate(axes) if name in EMBED_AXES]
+  if not embeds or not others:
     return None
-  embed = axes.index("embed")
+  embed = embeds[0]
   if "heads" in axes or "kv_heads" in axes:
     others += (others[0] + 1,)  # head_dim
   forward = embed < others[0]
