@@ -64,7 +64,7 @@ def test_a_users_mistake_ends_decode_py_with_code_2_and_one_line(tmp_path):
   [
     (
       ["fly"],
-      "'fly' is not a command; the commands are train, decode, convert, evaluate, compare, report, show",
+      "'fly' is not a command; the commands are train, decode, convert, evaluate, compare, report, plan, show",
     ),
     (["train"], "name a configuration file first"),
     (["train", "training.steps=3"], "name a configuration file first"),

@@ -69,7 +69,7 @@ def _places(size: int, kernel: int, output: int, window: dict[str, list[str]], d
 
 def kernel_flops(instruction: Instruction, operands: list[str]) -> float:
   """Of a custom call: what it says itself, or what its name and shapes tell; 0 for those that multiply nothing."""
-  found = re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.rest)
+  found = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.rest)
   if found:
     return float(found[1])
   products = [n for name, n in SPLASH_PRODUCTS.items() if instruction.name.startswith(name)]

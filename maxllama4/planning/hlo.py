@@ -29,7 +29,7 @@ KINDS = (
   "collective-broadcast",
 )
 UNKNOWN_CYCLES = 2**62  # the compiler writes the largest integer for what it cannot estimate
-_FUSED = re.compile(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"')
+_FUSED = re.compile(r'"async_collective_fusion_config":\{[^}]*"flag_start":"(-?\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 # Opcodes that move nothing through memory by themselves.
 _FREE = {

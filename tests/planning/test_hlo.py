@@ -181,7 +181,7 @@ def test_a_group_over_slices_is_known():
 
 
 def test_what_is_gathered_through_several_fusions_counts_once():
-  config = '"async_collective_fusion_config":{"flag_start":"%s","flag_end":"15"}'
+  config = '"async_collective_fusion_config":{"flag_end":"15","flag_start":"%s"}'
   parts = [
     f"""%part.{i} (p: f32[8]) -> f32[32] {{
   %p.{i} = f32[8]{{0}} parameter(0)
@@ -203,7 +203,7 @@ def test_attributes_over_several_lines_belong_to_their_instruction():
   %a = f32[8]{0} parameter(0)
   ROOT %k = (f32[8]{0}, /*index=1*/s32[]) custom-call(%a), frontend_attributes={kernel_metadata={
 "xprof_metadata":"{}"
-}}, backend_config={"custom_call_config":{"body":"QUJD","cost_estimate":{"flops":"77"}}}
+}}, backend_config={"custom_call_config":{"body":"QUJD","cost_estimate":{"bytes_accessed":"8","flops":"77"}}}
 }
 """
   module = parse_module(text)
