@@ -73,17 +73,27 @@ HELD_OUT = {
 }
 
 
-def compile_case(name: str, topology: str, settings: str) -> dict:
-  """What the compiler says of a case's memory, and what arithmetic says."""
+def run_of(name: str, topology: str, settings: str):
+  """A case's configuration and machine."""
   from maxllama4.config import load_config
   from maxllama4.planning.chips import parse_topology
+
+  return load_config(CONFIGS / f"llama4_{name}.yml", settings.split()), parse_topology(topology)
+
+
+def estimate_case(name: str, topology: str, settings: str) -> dict[str, int]:
+  """What arithmetic says of a case's memory."""
   from maxllama4.planning.estimate import estimate
 
-  config = load_config(CONFIGS / f"llama4_{name}.yml", settings.split())
-  described = parse_topology(topology)
-  cost = estimate(config, described, config.mesh.resolve(described.devices))
+  config, described = run_of(name, topology, settings)
+  return estimate(config, described, config.mesh.resolve(described.devices)).hbm_bytes
+
+
+def compile_case(name: str, topology: str, settings: str) -> dict:
+  """What the compiler says of it, and what arithmetic said then."""
+  parts = estimate_case(name, topology, settings)
   start = time.monotonic()
-  stats = compile_step(config, described).memory_analysis()
+  stats = compile_step(*run_of(name, topology, settings)).memory_analysis()
   peak = stats.peak_memory_in_bytes
   return {
     "topology": topology,
@@ -93,9 +103,7 @@ def compile_case(name: str, topology: str, settings: str) -> dict:
     "arguments_bytes": stats.argument_size_in_bytes,
     "temporaries_bytes": stats.temp_size_in_bytes,
     "compiler_peak_bytes": peak,
-    "estimate_peak_bytes": cost.peak_hbm_bytes,
-    "estimate_bytes": cost.hbm_bytes,
-    "ratio": round(cost.peak_hbm_bytes / peak, 4),
+    "ratio_when_compiled": round(sum(parts.values()) / peak, 4),
   }
 
 
@@ -121,20 +129,20 @@ def compile_step(config, topology):
 
 
 def write_table() -> None:
-  """results/plan_estimates.md: one line a case."""
+  """results/plan_estimates.md: one line a case, its estimate by the code as it stands."""
   entries = json.loads((RESULTS / "plan_estimates.json").read_text())
   lines = [
     "| case | topology | compiler GB | estimate GB | ratio | parameters | optimizer | gradients | activations | scratch |",
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
   ]
-  for name in (*CASES, *HELD_OUT):
+  for name, case in {**CASES, **HELD_OUT}.items():
     if name in entries:
-      entry = entries[name]
-      parts = " | ".join(f"{size / 1e9:.2f}" for size in entry["estimate_bytes"].values())
+      estimate, peak = estimate_case(*case), entries[name]["compiler_peak_bytes"]
+      total = sum(estimate.values())
+      parts = " | ".join(f"{size / 1e9:.2f}" for size in estimate.values())
       held_out = " (held out)" if name in HELD_OUT else ""
       lines.append(
-        f"| {name}{held_out} | {entry['topology']} | {entry['compiler_peak_bytes'] / 1e9:.2f} |"
-        f" {entry['estimate_peak_bytes'] / 1e9:.2f} | {entry['ratio']:.3f} | {parts} |"
+        f"| {name}{held_out} | {case[1]} | {peak / 1e9:.2f} | {total / 1e9:.2f} | {total / peak:.3f} | {parts} |"
       )
   (RESULTS / "plan_estimates.md").write_text("\n".join(lines) + "\n")
   print("\n".join(lines))

@@ -320,12 +320,11 @@ def _memory(share: Share, structure: Structure) -> tuple[dict[str, int], int]:
   state = optimizer_arrays(share.model, share.training.frozen, share.config.optimizer)
   optimizer = sum(bytes_ // share.parts(*axes) for bytes_, axes in state)
   # Weights are cast once a step, and gradients of a microbatch are as narrow; sums over microbatches are float32.
-  trained = [
-    (share.stored(a), min(share.itemsize, a.itemsize), a.itemsize) for a in arrays if a.is_trained
-  ]
-  gradients = sum(elements * narrow for elements, narrow, _ in trained)
-  cast = sum(elements * narrow for elements, narrow, wide in trained if narrow < wide)
-  sums = 4 * sum(elements for elements, *_ in trained) if share.microbatches > 1 else 0
+  trained = [(share.stored(a), min(share.itemsize, a.itemsize)) for a in arrays if a.is_trained]
+  gradients = sum(elements * narrow for elements, narrow in trained)
+  sums = 4 * sum(elements for elements, _ in trained) if share.microbatches > 1 else 0
+  layers = (array for group in structure.layers for array in group.arrays if array.is_trained)
+  cast = sum(share.stored(a) * share.itemsize for a in layers if share.itemsize < a.itemsize)
   kept = sum(group.count * _kept_by_layer(share, group) for group in structure.layers)
   host, waiting = 0.0, optimizer
   if share.config.optimizer.state_memory == "host":
@@ -334,12 +333,10 @@ def _memory(share: Share, structure: Structure) -> tuple[dict[str, int], int]:
     # Two layers' inputs are on the device: the one in use, and the one on its way.
     host, kept = host + kept, 2 * kept / share.model.num_hidden_layers
   layer = max(_layer_bytes(share, group) for group in structure.layers)
-  # The head's gradient stays whole, in float32, until the backward pass is over.
-  head = 4 * share.model.hidden_size * share.model.vocab_size / share.parts("vocab")
   names = ("parameters", "optimizer", "gradients", "activations", "scratch")
   phases = [
-    (parameters, waiting, sums, kept, cast + head + _loss_bytes(share)),
-    (parameters, waiting, sums + gradients, kept, cast + head + layer),
+    (parameters, waiting, sums, kept, cast + _loss_bytes(share)),
+    (parameters, waiting, sums + gradients, kept, cast + layer),
     (parameters, optimizer, sums or gradients, 0, 0),  # the update
   ]
   peak = (round(bytes_) for bytes_ in max(phases, key=sum))
@@ -371,38 +368,48 @@ def _kept_by_layer(share: Share, group: Layers) -> float:
 
 
 def _loss_bytes(share: Share) -> float:
-  """The head, gathered, two chunks' logits, and the last layer's output with its gradient."""
+  """The head, gathered, and its gradient in float32; a chunk's logits and their gradient; the last layer's output, as it
+  is and cut into chunks, and its gradient."""
   model, size = share.model, share.itemsize
   vocab = model.vocab_size / share.parts("vocab")
   chunk = min(share.tokens, share.training.loss_chunk)
-  rows = 2 * share.tokens * model.hidden_size * size
-  return model.hidden_size * vocab * size + 2 * chunk * vocab * 4 + rows
+  rows = 3 * share.tokens * model.hidden_size * size
+  return (model.hidden_size + chunk) * vocab * (4 + size) + rows
 
 
 def _layer_bytes(share: Share, group: Layers) -> float:
-  """What the backward pass through one layer has in use at once."""
-  model, size = share.model, share.itemsize
-  # All weights gathered, and the gradient of the largest, whole, before it is scattered.
+  """What the backward pass through one layer has in use at once.
+
+  The largest weight, gathered, or its gradient before it is scattered: never both, for a gradient is scattered before
+  the next one is made. The small weights, gathered ahead. And rows: where a cycle has several layers, one layer is
+  recomputed beside the backward pass through the one behind it.
+  """
   weights = [share.gathered(array) for array in group.arrays]
-  elements = sum(weights) + max(weights) + share.tokens * 8 * model.hidden_size
-  if group.kind.is_moe:
-    elements += _expert_elements(share)
-  return elements * size
+  routed = [w for w, a in zip(weights, group.arrays, strict=True) if "experts" in a.axes]
+  beside = 1 if share.model.inhomogeneous_layer_cycle_interval == 1 else 2
+  elements = max(weights) + sum(weights) - sum(routed) + beside * _row_elements(share, group.kind)
+  return elements * share.itemsize
 
 
-def _expert_elements(share: Share) -> float:
-  """Rows of the experts in use at once in a layer's backward pass: their inputs and gradients, gate and up, and products."""
-  model = share.model
+def _row_elements(share: Share, kind: LayerKind) -> float:
+  """Elements of rows in use at once: as wide as the stream, from attention and norms, and as the features of networks.
+
+  With experts spread, what is exchanged comes on top, and the experts here work on a block.
+  """
+  model, tokens = share.model, share.tokens
+  stream = 8 * tokens * model.hidden_size
+  if not kind.is_moe:
+    return stream + 3 * tokens * model.intermediate_size_mlp / share.parts("ffn")
   features = model.intermediate_size / share.parts("ffn")
-  rows = share.tokens * model.num_experts_per_tok
+  rows = tokens * model.num_experts_per_tok
+  stream += tokens * features  # of the shared expert
   if share.parts("experts") == 1:
-    return 6 * rows * features
-  # Of the whole group, rows, their gradients, and the gradients of rows; and a block of what the experts here work on.
+    return stream + 3 * rows * features
+  # Rows, their gradients, and the gradients of rows; with `ring` of the whole group.
   group = share.expert_group if share.dispatch == "ring" else 1
   even = rows / share.parts("experts") if share.dispatch == "alike" else rows
-  return 3 * group * rows * model.hidden_size + SLACK * even * (
-    6 * features + 2 * model.hidden_size
-  )
+  block = SLACK * even * (6 * features + 2 * model.hidden_size)
+  return stream + 3 * group * rows * model.hidden_size + block
 
 
 # Collectives

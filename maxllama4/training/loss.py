@@ -75,7 +75,9 @@ def _forward(x, head, targets, weights, z_loss, chunk_tokens):
     batch, length, dim = x.shape
     gradient_x = gradient_x.swapaxes(0, 1).reshape(batch, -1, dim)[:, :length]
     gradients = axes.summed_over_columns(gradient_x), axes.scattered(gradient_head, head, x.dtype)
-    return axes.summed(sums), gradients
+    # The layers' backward pass waits for both: else the compiler scatters the head's gradient after it, and keeps it
+    # whole until then.
+    return axes.summed(sums), jax.lax.optimization_barrier(gradients)
 
   def outputs(tokens, head):
     return PartitionSpec(), (tokens, head)
