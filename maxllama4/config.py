@@ -221,9 +221,6 @@ class TrainingConfig:
   router_z_loss: float = 0.0  # weight of mean logsumexp(router logits)^2, mean over MoE layers
   router_bias_update_rate: float = 0.0  # step of the aux-free balancing bias; 0: bias stays
   remat: str = "none"  # what a layer keeps for its backward pass; see model/decoder.py
-  attention: str = (
-    "auto"  # how attention is computed; auto: as suits the devices; see kernels/attention.py
-  )
   frozen: tuple[str, ...] = ()  # parts whose weights stay: vision, projector, embed, decoder, ...
   skip_nonfinite: bool = False  # leave out steps with bad numbers; false: stop at the first
   loss_spike_sigmas: float = 0.0  # a loss so many deviations above its mean is bad, too; 0: never
@@ -235,7 +232,6 @@ class TrainingConfig:
     not_negative("training", self, "seed eval_every eval_batches z_loss load_balance_loss")
     not_negative("training", self, "router_z_loss router_bias_update_rate loss_spike_sigmas")
     one_of("training.remat", self.remat, REMAT_POLICIES)
-    one_of("training.attention", self.attention, ATTENTION_KERNELS)
     require(
       self.batch_size % self.gradient_accumulation == 0,
       f"training.batch_size={self.batch_size} is not a multiple of"
@@ -247,6 +243,7 @@ class TrainingConfig:
 class KernelsConfig:
   """How layers compute what they can compute in several ways. `auto` goes by the devices and the shapes."""
 
+  attention: str = "auto"  # splash, cudnn, blockwise or reference; see kernels/attention.py
   grouped_matmul: str = "auto"  # the experts' products: megablox, ragged_dot, tokamax or blockwise
   experts_dispatch: str = "auto"  # rows to their experts: ring, or ragged_all_to_all
   expert_capacity_factor: float = (
@@ -254,6 +251,7 @@ class KernelsConfig:
   )
 
   def __post_init__(self):
+    one_of("kernels.attention", self.attention, ATTENTION_KERNELS)
     one_of("kernels.grouped_matmul", self.grouped_matmul, GROUPED_MATMULS)
     one_of("kernels.experts_dispatch", self.experts_dispatch, EXPERTS_DISPATCHES)
     not_negative("kernels", self, "expert_capacity_factor")

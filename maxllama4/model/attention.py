@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from maxllama4.config import ModelConfig
 from maxllama4.kernels.attention import attend, attention, choose_kernel, obstacle
+from maxllama4.kernels.choice import current_choice
 from maxllama4.model.kv_cache import EMPTY, LayerCache, store_prompt, store_step
 from maxllama4.model.linear import column_parallel, row_parallel
 from maxllama4.model.norms import rms_normalize
@@ -23,7 +24,7 @@ class Sequences:
   """Where each token of a batch stands, and how they attend to each other; the same for every layer.
 
   `positions` count up by one from token to token of a segment; segment 0 is padding. `whole_rows`: each row is known to
-  be one document from its first token on. `kernel` is `training.attention`.
+  be one document from its first token on.
   """
 
   positions: Int[Array, "B T"]
@@ -31,13 +32,12 @@ class Sequences:
   cos: Float[Array, "B T half"]
   sin: Float[Array, "B T half"]
   whole_rows: bool = dataclasses.field(default=False, metadata={"static": True})
-  kernel: str = dataclasses.field(default="auto", metadata={"static": True})
 
   @classmethod
-  def of(cls, positions, segment_ids, config: ModelConfig, **settings) -> "Sequences":
+  def of(cls, positions, segment_ids, config: ModelConfig, *, whole_rows=False) -> "Sequences":
     # Padding does not count: a row is as long as its longest document.
     counted = jnp.where(segment_ids > 0, positions, 0)
-    return cls(positions, segment_ids, *rope_tables(counted, config), **settings)
+    return cls(positions, segment_ids, *rope_tables(counted, config), whole_rows)
 
   @property
   def valid(self) -> Bool[Array, "B T"]:
@@ -73,7 +73,7 @@ def run_starts(
 
 
 def attention_kernel(choice: str, config: ModelConfig, platform: str | None, length: int) -> str:
-  """The kernel that `training.attention=choice` means for rows of `length` tokens on devices of a platform.
+  """The kernel that `kernels.attention=choice` means for rows of `length` tokens on devices of a platform.
 
   Raises: ConfigError when an explicit choice cannot be met.
   """
@@ -82,7 +82,7 @@ def attention_kernel(choice: str, config: ModelConfig, platform: str | None, len
     return choose_kernel(*limits)
   problem = obstacle(choice, *limits)
   require(
-    problem is None, f"training.attention={choice} {problem}. Choose another one, or say auto."
+    problem is None, f"kernels.attention={choice} {problem}. Choose another one, or say auto."
   )
   return choice
 
@@ -96,7 +96,7 @@ def self_attend(
   config: ModelConfig,
 ) -> Float[Array, "B T N H"]:
   """`attend` of a batch to itself; on a mesh of each device's rows and heads to the keys that they can see."""
-  kernel = attention_kernel(sequences.kernel, config, current_platform(), q.shape[1])
+  kernel = attention_kernel(current_choice().attention, config, current_platform(), q.shape[1])
   context = current_mesh()
   is_split = context is not None and context.size("length") > 1
 

@@ -126,7 +126,7 @@ class Run:
     self.stopped = False
     length = config.training.sequence_length
     platform = context.mesh.devices.flat[0].platform
-    self.attention = attention_kernel(config.training.attention, config.model, platform, length)
+    self.attention = attention_kernel(config.kernels.attention, config.model, platform, length)
     self.template, self.optimizer = template, optimizer
     self.schedule = learning_rate_schedule(config.optimizer, config.training.steps)
     self.tokens = 0  # counted targets up to the last time somebody asked

@@ -155,11 +155,7 @@ def forward_sums(
   training = config.training
   model = template.model(arrays)
   sequences = Sequences.of(
-    batch["positions"],
-    batch["segment_ids"],
-    config.model,
-    whole_rows=config.data.whole_rows,
-    kernel=training.attention,
+    batch["positions"], batch["segment_ids"], config.model, whole_rows=config.data.whole_rows
   )
   x, statistics, _ = model.hidden_states(batch["tokens"], sequences, remat=training.remat)
   objective, nats = cross_entropy_sums(

@@ -14,6 +14,7 @@ from tiny import packed_batch, tiny_config, tiny_model, tiny_run
 
 from maxllama4.config import ConfigError, MeshConfig, RopeScaling
 from maxllama4.kernels import attention as kernels
+from maxllama4.kernels.choice import Choice, use_kernels
 from maxllama4.mesh import build_mesh
 from maxllama4.model import attention as model_attention
 from maxllama4.model.attention import (
@@ -142,10 +143,11 @@ def attention_on(mesh, chunk_size, whole_rows, kernel="auto"):
   config = tiny_config(head_dim=8, max_position_embeddings=256)
 
   def run(q, k, v, dy, positions, segments):
-    rows = Sequences.of(positions, segments, config, whole_rows=whole_rows, kernel=kernel)
+    rows = Sequences.of(positions, segments, config, whole_rows=whole_rows)
     attend = functools.partial(self_attend, sequences=rows, chunk_size=chunk_size, config=config)
-    y, backward = jax.vjp(attend, q, k, v)
-    return y, *backward(dy)
+    with use_kernels(Choice(attention=kernel)):
+      y, backward = jax.vjp(attend, q, k, v)
+      return y, *backward(dy)
 
   shapes = [jax.ShapeDtypeStruct((2, 256, n, 8), jnp.float32) for n in (4, 2, 2, 4)]
   shapes += [jax.ShapeDtypeStruct((2, 256), jnp.int32)] * 2
@@ -219,8 +221,8 @@ def test_splash_gives_the_same_on_a_mesh_that_splits_rows_batch_and_heads(monkey
 @pytest.mark.parametrize(
   ("choice", "platform", "words"),
   [
-    ("splash", "cpu", "training.attention=splash needs devices of the platform tpu; they are cpu"),
-    ("cudnn", "tpu", "training.attention=cudnn needs devices of the platform gpu; they are tpu"),
+    ("splash", "cpu", "kernels.attention=splash needs devices of the platform tpu; they are cpu"),
+    ("cudnn", "tpu", "kernels.attention=cudnn needs devices of the platform gpu; they are tpu"),
     ("cudnn", "gpu", "needs dtype to be bfloat16 or float16; it is float32"),
   ],
 )
