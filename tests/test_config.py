@@ -384,7 +384,7 @@ def test_a_section_that_is_null_can_be_filled_from_the_command_line(path):
 
 def test_one_rule_of_the_mesh_can_be_changed_without_naming_the_others(path):
   mesh = load_config(path, ["mesh.rules.vocab=null"]).mesh
-  assert mesh.axes_of("vocab") == () and mesh.axes_of("embed") == ("fsdp",)
+  assert mesh.axes_of("vocab") == () and mesh.axes_of("heads") == ("tensor",)
 
 
 def test_the_models_file_is_found_beside_the_run_and_can_be_replaced(path, tmp_path, monkeypatch):
