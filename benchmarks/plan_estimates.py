@@ -11,7 +11,6 @@ import datetime
 import importlib.metadata
 import json
 import pathlib
-import time
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -91,41 +90,20 @@ def estimate_case(name: str, topology: str, settings: str) -> dict[str, int]:
 
 def compile_case(name: str, topology: str, settings: str) -> dict:
   """What the compiler says of it, and what arithmetic said then."""
+  from maxllama4.planning.compile import compile_train_step
+
   parts = estimate_case(name, topology, settings)
-  start = time.monotonic()
-  stats = compile_step(*run_of(name, topology, settings)).memory_analysis()
-  peak = stats.peak_memory_in_bytes
+  compiled, _ = compile_train_step(*run_of(name, topology, settings))
+  peak = compiled.peak_hbm_bytes
   return {
     "topology": topology,
     "config": f"llama4_{name}.yml",
     "settings": settings,
-    "compile_seconds": round(time.monotonic() - start),
-    "arguments_bytes": stats.argument_size_in_bytes,
-    "temporaries_bytes": stats.temp_size_in_bytes,
+    "compile_seconds": round(compiled.seconds),
+    "arguments_bytes": compiled.arguments_bytes,
     "compiler_peak_bytes": peak,
     "ratio_when_compiled": round(sum(parts.values()) / peak, 4),
   }
-
-
-def compile_step(config, topology):
-  """The training step of `config`, as a run compiles it, for a described machine."""
-  from maxllama4.mesh import build_mesh
-  from maxllama4.model.weights import ModelTemplate
-  from maxllama4.planning.compile import described_devices
-  from maxllama4.sharding import use_mesh
-  from maxllama4.training.optimizer import learning_rate_schedule, make_optimizer
-  from maxllama4.training.state import abstract_state
-  from maxllama4.training.step import lower_train_step
-  from maxllama4.xla_flags import compiler_options
-
-  template = ModelTemplate(config.model, config.training.frozen)
-  optimizer = make_optimizer(config.optimizer, config.training.steps, template)
-  schedule = learning_rate_schedule(config.optimizer, config.training.steps)
-  devices = described_devices(topology)
-  with use_mesh(build_mesh(config, devices), config.mesh) as context:
-    state = abstract_state(template, optimizer, context, config.optimizer.state_memory)
-    lowered = lower_train_step(config, template, optimizer, schedule, state, context)
-    return lowered.compile(compiler_options=compiler_options(devices[0].device_kind))
 
 
 def write_table() -> None:

@@ -170,7 +170,7 @@ class _Reader:
     elif op == "conditional":
       branches = [self.tally(name) for name in instruction.branches()]
       tally.add(max(branches, key=lambda tally: (tally.flops, tally.cycles.total())))
-    elif op in ("call", "call-start", "async-start"):
+    elif op in ("call", "call-start", "async-start", "custom-call-start"):
       self._add_call(tally, instruction)
     elif op == "fusion":
       self._add_fusion(tally, computation, instruction)
@@ -178,7 +178,13 @@ class _Reader:
       self._add_single(tally, computation, instruction)
 
   def _add_call(self, tally: _Tally, instruction: Instruction) -> None:
-    called = self.tally(instruction.called("to_apply") or instruction.called("calls"))
+    name = instruction.called("to_apply") or instruction.called("calls")
+    if name is None:
+      found = re.search(r"called_computations=\{%?([^\s,}]+)", instruction.rest)
+      if found is None:
+        return
+      name = found[1]
+    called = self.tally(name)
     if 'async_execution_thread="sparsecore"' in instruction.rest:
       beside = dataclasses.replace(
         called, cycles=collections.Counter(sparsecore=called.cycles.total())
