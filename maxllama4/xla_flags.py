@@ -4,8 +4,14 @@ from maxllama4.chips import chip_of
 
 Options = dict[str, bool | int | float | str]
 
-# Weight gathers are started early and fused with products that run meanwhile.
-_ASYNC_GATHERS: Options = {
+# Gathers of weights and scatters of gradients run on the sparse cores, beside products. Fusing gathers with products on
+# the tensor core instead (below) is refused by libtpu 0.0.51 on every chip but v5e.
+_ON_SPARSE_CORES: Options = {
+  "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+  "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
+  "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+}
+_FUSED: Options = {
   "xla_enable_async_all_gather": True,
   "xla_tpu_enable_async_collective_fusion": True,
   "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
@@ -13,11 +19,11 @@ _ASYNC_GATHERS: Options = {
   "xla_tpu_overlap_compute_collective_tc": True,
 }
 PRESETS: dict[str, Options] = {
-  "v4": _ASYNC_GATHERS,
-  "v5e": _ASYNC_GATHERS,
-  "v5p": _ASYNC_GATHERS,
-  "v6e": {"xla_enable_async_all_gather": True},  # its compiler refuses collective fusions
-  "tpu7x": _ASYNC_GATHERS,
+  "v4": {"xla_enable_async_all_gather": True},
+  "v5e": _FUSED,  # has no sparse cores
+  "v5p": _ON_SPARSE_CORES,
+  "v6e": _ON_SPARSE_CORES,
+  "tpu7x": _ON_SPARSE_CORES,
 }
 
 
