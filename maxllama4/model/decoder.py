@@ -27,7 +27,10 @@ _POLICIES = {
     offload_src="device",
     offload_dst="pinned_host",
   ),
-  "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "matmuls": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names("matmul"),  # inside shard_map dots are not seen
+  ),
   "attention": jax.checkpoint_policies.save_only_these_names("attention"),
 }
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from maxllama4.sharding import current_mesh, gather_embed
@@ -27,13 +28,14 @@ def column_parallel(
     whole = [gather_embed(context, *pair, x.dtype) for pair in zip(weights, axes, strict=True)]
     return [project(x, weight) for weight in whole]
 
-  return jax.shard_map(
+  products = jax.shard_map(
     local,
     mesh=context.mesh,
     in_specs=(context.spec(("batch", "length", None)), *map(context.spec, axes)),
     out_specs=[context.spec(("batch", "length", *names[1:])) for names in axes],
     check_vma=False,
   )(x, *weights)
+  return [checkpoint_name(product, "matmul") for product in products]
 
 
 def row_parallel(

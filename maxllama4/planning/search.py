@@ -59,6 +59,9 @@ class Compiled(Protocol):
   @property
   def fits(self) -> bool: ...
 
+  @property
+  def peak_hbm_bytes(self) -> int: ...  # of a chip
+
 
 @dataclasses.dataclass(frozen=True)
 class Found:
@@ -168,8 +171,7 @@ def write_config(
     f"  plan:       maxllama4 plan {path} topology={topology.name}"
     + (f" slices={topology.slices}" if topology.slices > 1 else ""),
     f"  mesh:       {candidate.description}",
-    f"  memory:     {candidate.estimate.peak_hbm_bytes / 1e9:.1f} of {chip.hbm_bytes / chip.devices / 1e9:.1f} GB a"
-    " device, by arithmetic",
+    f"  memory:     {found.compiled.peak_hbm_bytes / 1e9:.1f} of {chip.hbm_bytes / 1e9:.1f} GB a chip, by the compiler",
     f"  prediction: {seconds:.2f} s a step of {tokens:,} tokens, {tokens / seconds / chips:,.0f} tokens/s/chip, MFU"
     f" {100 * utilization:.1f} %; not yet measured",
     *(f"  {note}" for note in notes),

@@ -28,6 +28,7 @@ class Outcome:
 
   seconds: float
   fits: bool = True
+  peak_hbm_bytes: int = 10**10
 
 
 @pytest.fixture(scope="module")
