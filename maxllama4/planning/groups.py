@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH = re.compile(r"mesh\[([^\]]*(?:\[[^\]]*\][^\]]*)*)\]\s*\{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,8 @@ def replica_group(attributes: str, devices: Devices) -> list[int]:
   if text.startswith("{{"):
     return _numbers(text[2 : text.index("}")])
   if text.startswith("mesh"):
-    return _mesh_group(*_MESH.match(text).groups())
+    mesh, _, axes = text.partition("{")
+    return _mesh_group(mesh, axes.partition("}")[0])
   iota = _IOTA.match(text)
   if iota:
     return [int(device) for device in _iota(iota[2], iota[3]).reshape(_numbers(iota[1]))[0]]
