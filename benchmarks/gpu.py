@@ -2,21 +2,23 @@
 
   python benchmarks/gpu.py [--rounds 2] [--minutes 9] [--only NAME ...] [--set key=value ...]
   python benchmarks/gpu.py --sizes       what the model and its state need; no GPU is asked
-  python benchmarks/gpu.py --tiny        a smoke test of this script on a CPU: figures of it mean nothing, and none is kept
+  python benchmarks/gpu.py --tiny        a smoke test of this script on a CPU; its figures mean nothing and are not kept
 
-Maverick's pattern of layers, 16 experts, one a token, rows of 8,192 tokens; random tokens, a document a row, and Python's
-standard library, packed. Both sides read the same batches, and take whole steps: gradients, clipping, AdamW. They compute
-in bfloat16, with float32 weights and moments: bfloat16 weights would lose most of an update. maxllama4 takes the
-step of train.py. transformers takes a bfloat16 model under torch.compile, float32 weights beside it, a row at a time: its
-experts compute every row for every expert, and more rows' worth of that would not fit without checkpoints.
+Maverick's pattern of layers, 16 experts, one a token, rows of 8,192 tokens; random tokens, a document a row, and
+Python's standard library, packed. Both sides read the same batches, and take whole steps: gradients, clipping, AdamW.
+They compute in bfloat16, with float32 weights and moments: bfloat16 weights would lose most of an update. maxllama4
+takes the step of train.py. transformers takes a bfloat16 model under torch.compile, float32 weights beside it, a row
+at a time: its experts compute every row for every expert, and more rows' worth of that would not fit without
+checkpoints.
 
 State, for 4.1B parameters: 12 bytes each (weights, two moments), 50 GB. In a step maxllama4 adds bfloat16 weights and
-gradients, 4 bytes each; transformers a bfloat16 model, and gradients in bfloat16, then float32, 6 or so. That is about
-66 and 75 GB of an H200's 141; activations come on top.
+gradients, 4 bytes each; transformers a bfloat16 model, and gradients in bfloat16, then float32, 6 or so. That is
+about 66 and 75 GB of an H200's 141; activations come on top.
 
-Each measurement is a process of its own, and the processes take turns, so that a machine that grows slower does so for all.
-A side whose package or GPU is missing is left out, with a line that says so. maxllama4 must be importable in any case (JAX
-without a GPU will do): it makes the batches and counts FLOPs. Figures go to benchmarks/results/gpu.json.
+Each measurement is a process of its own, and the processes take turns, so that a machine that grows slower does so
+for all. A side whose package or GPU is missing is left out, with a line that says so. maxllama4 must be importable in
+any case (JAX without a GPU will do): it makes the batches and counts FLOPs. Figures go to
+benchmarks/results/gpu.json.
 """
 
 import argparse
@@ -66,17 +68,7 @@ MODEL = {
   "eos_token_id": 2,
   "pad_token_id": 0,
 }
-TINY_MODEL = {
-  "vocab_size": 512,
-  "hidden_size": 64,
-  "intermediate_size": 64,
-  "intermediate_size_mlp": 128,
-  "num_hidden_layers": 4,
-  "num_attention_heads": 4,
-  "num_key_value_heads": 2,
-  "head_dim": 16,
-  "attention_chunk_size": 128,
-}
+TINY_MODEL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4}
 SIZES = {  # rows of a step, tokens of a row, side of the matrices that say how fast the machine can be
   False: {"batch_size": 4, "sequence_length": 8192, "matrix": 8192},
   True: {"batch_size": 2, "sequence_length": 128, "matrix": 256},
@@ -129,11 +121,11 @@ def config_of(data: str, options: argparse.Namespace, changes=()):
 
 
 def prepare(options: argparse.Namespace) -> dict:
-  """Writes the batches of both kinds of data; returns sizes, FLOPs and the model in transformers' names. Needs no GPU."""
+  """Writes the batches of both kinds of data; returns sizes, FLOPs, and the model in transformers' names."""
   import numpy as np
 
-  from maxllama4.chips import GPU_PEAK_FLOPS
   from maxllama4.checkpoint.hf import config_to_hf
+  from maxllama4.chips import GPU_PEAK_FLOPS
   from maxllama4.data.loader import make_loader, prepare_tokenizer
   from maxllama4.model.llama4 import count_parameters, train_flops_per_token
   from maxllama4.planning.estimate import peak_hbm_bytes
@@ -150,10 +142,10 @@ def prepare(options: argparse.Namespace) -> dict:
       loader.close()
       stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
       np.savez(options.folder / f"{data}.npz", **stacked)
-  peaks = {
-    remat: peak_hbm_bytes(config_of("random", options, [f"training.remat={remat}"]), one_device())
-    for remat in ("attention", "full")
-  }
+  peaks = {}
+  for remat in ("attention", "full"):
+    one = config_of("random", options, [f"training.remat={remat}"])
+    peaks[remat] = peak_hbm_bytes(one, one.mesh.known_sizes)
   return {
     "parameters": total,
     "active_parameters": active,
@@ -164,10 +156,6 @@ def prepare(options: argparse.Namespace) -> dict:
     "data_sheet_flops_per_second": GPU_PEAK_FLOPS,
     "hf": config_to_hf(config.model, "float32"),
   }
-
-
-def one_device() -> dict[str, int]:
-  return dict.fromkeys(("data", "fsdp", "expert", "tensor", "context"), 1)
 
 
 def load_batches(data: str, options: argparse.Namespace) -> list[dict]:
@@ -332,8 +320,9 @@ def train_transformers(
 def transformers_model(options: argparse.Namespace, place: str, attention: str):
   """The same architecture, random weights, in bfloat16; and how its experts are computed.
 
-  transformers 5.23 lets other models choose the experts' products (`grouped_mm`), but not Llama 4: `Llama4TextExperts` has
-  no such choice, and multiplies every row by every expert. Where a version offers it, it is taken.
+  transformers 5.23 lets other models choose the experts' products (`grouped_mm`), but not Llama 4:
+  `Llama4TextExperts` has no such choice, and multiplies every row by every expert. Where a version offers it, it is
+  taken.
   """
   import torch
   from transformers import Llama4ForCausalLM, Llama4TextConfig
@@ -420,10 +409,7 @@ THEIR_WAYS = {
   for checkpoints in (False, True)
 }
 # name -> (packages besides maxllama4's own, the measurement, its arguments)
-VARIANTS = {
-  "matmul/jax": ("jax", matmul_jax, ()),
-  "matmul/torch": ("torch", matmul_torch, ()),
-}
+VARIANTS = {"matmul/jax": ("jax", matmul_jax, ()), "matmul/torch": ("torch", matmul_torch, ())}
 for _data in DATA:
   for _way, _changes in OUR_WAYS.items():
     VARIANTS[f"{_data}/{OURS} {_way}"] = ("jax", train_ours, (_data, _changes))
@@ -478,7 +464,7 @@ def start_measuring(name: str, options: argparse.Namespace) -> dict:
 
 
 def environment_of(options: argparse.Namespace) -> dict[str, str]:
-  """What the processes see: one GPU, nearly all of its memory, and caches in which later rounds find what was compiled."""
+  """What the processes see: one GPU, nearly all its memory, and caches of what earlier rounds compiled."""
   environment = {
     "CUDA_VISIBLE_DEVICES": "0",
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
@@ -621,11 +607,9 @@ def keep_figures(facts: dict, summary: dict, runs: dict[str, list[dict]]) -> Non
   from record import keep
 
   found = {}
-  for results in runs.values():
-    for run in results:
-      found |= run.pop("versions", {})
-  figures = {"versions": found, "model": facts, **summary, "runs": runs}
-  keep("gpu", (), figures)
+  for run in (run for results in runs.values() for run in results):
+    found |= run.pop("versions", {})
+  keep("gpu", (), {"versions": found, "model": facts, **summary, "runs": runs})
 
 
 if __name__ == "__main__":
