@@ -48,16 +48,20 @@ class MeshContext:
   def scatter_phases(self, axis: str) -> list[list[list[int]] | None]:
     """Groups of places along the mesh axis `axis` over which sums are scattered, phase by phase; None: all at once.
 
-    XLA scatters sums, and gathers, over at most two dimensions of a TPU's torus; over three it adds up everything on
-    every chip (for a gather: zeros and each chip's part), twice the bytes. So such an axis goes in two phases: first between places that are a run apart, then within a run of
-    neighbours along one dimension.
+    XLA does not scatter over all dimensions of a TPU's torus at once, but adds up everything on every chip, twice the
+    bytes; nor does it gather so, unless it knows that the torus is closed. So such an axis goes in two phases: first
+    between places that are a run apart, then within a run of neighbours along one dimension. Gathers go the other way.
     """
     number = self.mesh.axis_names.index(axis)
     line = np.moveaxis(self.mesh.devices, number, -1).reshape(-1, self.mesh.devices.shape[number])[
       0
     ]
-    places = np.array([getattr(device, "coords", ()) for device in line])
-    if (places != places[:1]).any(0).sum() < 3:
+    places, everywhere = (
+      np.array([getattr(device, "coords", ()) for device in devices])
+      for devices in (line, self.mesh.devices.flat)
+    )
+    dimensions = (everywhere != everywhere[:1]).any(0).sum()
+    if (places != places[:1]).any(0).sum() < max(2, dimensions) or line.size <= 4:
       return [None]
     runs = [n for n in range(2, line.size) if line.size % n == 0]
     run = max(n for n in runs if n == 2 or (places[:n] != places[:1]).any(0).sum() < 2)
