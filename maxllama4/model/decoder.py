@@ -15,7 +15,7 @@ from maxllama4.model.kv_cache import LayerCache, init_cache
 from maxllama4.model.mlp import GatedMLP
 from maxllama4.model.moe import RoutedAndSharedMoE, RouterStatistics
 from maxllama4.model.norms import RMSNorm
-from maxllama4.sharding import current_platform
+from maxllama4.sharding import current_mesh, current_platform
 
 # What a layer keeps for its backward pass besides its input, by name: nothing; nothing, and the input goes to the host's
 # memory; the matmuls of weights; the attention's output.
@@ -68,7 +68,21 @@ def _row_major(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
   """`x`, a token's numbers next to each other in memory. XLA for TPUs would lay them the other way, which suits the norms,
   and turn them over for the experts and back, layer by layer.
   """
-  return with_layout_constraint(x, Layout((0, 1, 2))) if current_platform() == "tpu" else x
+  if current_platform() != "tpu":
+    return x
+
+  def lay(x):
+    return with_layout_constraint(x, Layout((0, 1, 2)))
+
+  context = current_mesh()
+  if context is None:
+    return lay(x)
+  tokens = context.spec(
+    ("batch", "length", None)
+  )  # left to the partitioner, all of `x` is gathered
+  return jax.shard_map(lay, mesh=context.mesh, in_specs=tokens, out_specs=tokens, check_vma=False)(
+    x
+  )
 
 
 class Llama4ScannableBlock(nnx.Module):
