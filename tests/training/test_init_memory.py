@@ -60,7 +60,7 @@ def test_scout_lies_in_equal_parts_on_the_chips_of_a_described_pod():
   )
   whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
   assert round(whole / 12e9, 2) == 107.77
-  assert whole / 64 <= held < 1.003 * whole / 64  # norms are whole everywhere
+  assert whole / 64 <= held < 1.003 * whole / 64  # norms and routers are whole everywhere
 
 
 @pytest.mark.slow
