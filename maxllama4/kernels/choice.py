@@ -13,8 +13,8 @@ from collections.abc import Iterator
 class Choice:
   """`auto` leaves it to the platform and the shapes."""
 
-  attention: str = "auto"
-  grouped_matmul: str = "auto"  # one of grouped_matmul.KINDS
+  attention: str = "auto"  # one of those in kernels/attention.py
+  grouped_matmul: str = "auto"  # one of those in kernels/grouped_matmul.py
   experts_dispatch: str = (
     "auto"  # how rows get to the devices of their experts; see model/dispatch.py
   )

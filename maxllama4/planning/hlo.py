@@ -178,13 +178,8 @@ class _Reader:
       self._add_single(tally, computation, instruction)
 
   def _add_call(self, tally: _Tally, instruction: Instruction) -> None:
-    name = instruction.called("to_apply") or instruction.called("calls")
-    if name is None:
-      found = re.search(r"called_computations=\{%?([^\s,}]+)", instruction.rest)
-      if found is None:
-        return
-      name = found[1]
-    called = self.tally(name)
+    attributes = ("to_apply", "calls", "called_computations")
+    called = self.tally(next(filter(None, map(instruction.called, attributes))))
     if 'async_execution_thread="sparsecore"' in instruction.rest:
       beside = dataclasses.replace(
         called, cycles=collections.Counter(sparsecore=called.cycles.total())

@@ -33,8 +33,8 @@ class Instruction:
     return [array[0] for array in _ARRAY.finditer(self.shape)]
 
   def called(self, attribute: str) -> str | None:
-    """The computation that `attribute` names."""
-    found = re.search(rf"\b{attribute}=%?([^\s,)}}]+)", self.rest)
+    """The computation that `attribute` names, the first of several."""
+    found = re.search(rf"\b{attribute}=\{{?%?([^\s,)}}]+)", self.rest)
     return found[1] if found else None
 
   def branches(self) -> list[str]:

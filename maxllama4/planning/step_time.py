@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from maxllama4.config import MESH_AXES, MeshConfig
-from maxllama4.planning.chips import Chip, Topology
+from maxllama4.planning.chips import Chip, Topology, is_ring
 from maxllama4.planning.hlo import Collective
 
 # Achieved rates over those of the data sheet, and how much of the time that a chip computes or moves its memory can hide
@@ -105,9 +105,9 @@ def links_of(topology: Topology, mesh: MeshConfig, sizes: Mapping[str, int]) -> 
   first, over as many dimensions as possible.
   """
   *outer, last = topology.shape
-  dims = [(size, _is_ring(topology, size)) for size in outer]
+  dims = [(size, is_ring(topology, size)) for size in outer]
   # Two devices of a chip are neighbours along one more line, which is as good as a longer dimension.
-  dims.append((last * topology.chip.devices, _is_ring(topology, last)))
+  dims.append((last * topology.chip.devices, is_ring(topology, last)))
   links = {}
   for axis in reversed(MESH_AXES):
     size = sizes[axis] // mesh.slices_along(axis)
@@ -130,14 +130,3 @@ def _lay(size: int, dims: list[tuple[int, bool]]) -> tuple[float, list[tuple[int
     size //= part
     left.insert(0, (chips // part, closed and part == 1))
   return float(links), left
-
-
-def _is_ring(topology: Topology, size: int) -> bool:
-  """Whether a dimension of so many chips is closed to a ring.
-
-  Three-dimensional slices are made of cubes of 4 x 4 x 4 joined by switches, smaller ones have no rings;
-  two-dimensional ones have them along whole sides of a pod, 16 chips.
-  """
-  if topology.chip.torus_dims == 2:
-    return size == 16
-  return all(side % 4 == 0 for side in topology.shape)
