@@ -256,15 +256,16 @@ def _flops(share: Share) -> dict[str, float]:
   grouped_passes = 3 if remat == "none" and not exchanged else 3 + 2 / 3
   attention_products = FORWARD_PRODUCTS + BACKWARD_PRODUCTS
   attention_products += 0 if remat in ("none", "attention") else FORWARD_PRODUCTS
-  projections = model.head_dim * (
-    2 * model.num_attention_heads / heads + 2 * model.num_key_value_heads / share.parts("kv_heads")
-  )
+  queries = model.num_attention_heads * model.head_dim / heads
+  keys = model.num_key_value_heads * model.head_dim / share.parts("kv_heads")
+  out_passes = 3 if remat == "none" else 4  # what comes out of attention is not kept
+  projections = passes * (queries + 2 * keys) + out_passes * queries
   dense = grouped = attention = 0.0
   for kind, layers in kinds_of(model).items():
-    dense += layers * passes * 2 * tokens * dim * projections
-    keys = keys_per_query(model, kind, share.training.sequence_length)
-    products = layers * attention_products * 2 * tokens * keys
-    attention += products * model.num_attention_heads / heads * model.head_dim
+    dense += layers * 2 * tokens * dim * projections
+    met = keys_per_query(model, kind, share.training.sequence_length)
+    products = layers * attention_products * 2 * tokens * met
+    attention += products * queries
     if kind.is_moe:
       features = 3 * model.intermediate_size / share.parts("ffn")
       dense += layers * 2 * tokens * dim * mlp_passes * features
@@ -351,10 +352,8 @@ def _kept_by_layer(share: Share, group: Layers) -> float:
   features = model.intermediate_size if group.kind.is_moe else model.intermediate_size_mlp
   features /= share.parts("ffn")
   width, whole = model.hidden_size, 0  # the layer's input
-  if (
-    remat == "matmuls"
-  ):  # of weights: what goes into attention and comes out, and into the (shared) network
-    width += queries + 2 * keys + model.hidden_size + 2 * features
+  if remat == "matmuls":  # what goes into attention, and into the (shared) network
+    width += queries + 2 * keys + 2 * features
   if remat == "attention":
     width += queries
   if remat == "none":
