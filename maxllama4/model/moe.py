@@ -13,8 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from maxllama4.config import ModelConfig, require
-from maxllama4.kernels.choice import current_choice
-from maxllama4.kernels.grouped_matmul import PLATFORMS, has_tokamax
+from maxllama4.kernels.choice import Choice, current_choice, use_kernels
+from maxllama4.kernels.grouped_matmul import PLATFORMS, automatic, has_tokamax
 from maxllama4.model.dispatch import WIDE, Exchange, apply_experts, exchange_and_apply
 from maxllama4.model.mlp import GatedMLP
 from maxllama4.sharding import (
@@ -223,6 +223,25 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
     out_specs=tokens,
     check_vma=False,
   )(x, experts, scores, gate_up.astype(x.dtype), down.astype(x.dtype))
+
+
+def expert_kernels(config: ModelConfig, choice: Choice) -> dict[str, str]:
+  """What `kernels.grouped_matmul` and, where experts are spread, `kernels.experts_dispatch` come to on the current mesh.
+
+  Raises: ConfigError when an explicit choice cannot be met.
+  """
+  if not any(kind.is_moe for kind in config.layer_kinds):
+    return {}
+  context, platform = current_mesh(), current_platform() or jax.default_backend()
+  with use_kernels(choice):
+    _check_products()
+    exchange = None if context is None else _exchange(context)
+  features = config.intermediate_size // (1 if context is None else context.size("ffn"))
+  shape = (config.num_local_experts, config.hidden_size, features)
+  product = choice.grouped_matmul
+  if product == "auto":
+    product = automatic("cuda" if platform == "gpu" else platform, shape)
+  return {"grouped_matmul": product} | ({"experts_dispatch": exchange.kind} if exchange else {})
 
 
 def _check_products() -> None:

@@ -20,6 +20,7 @@ from maxllama4.hosts import start_hosts
 from maxllama4.mesh import build_mesh
 from maxllama4.model.attention import attention_kernel
 from maxllama4.model.llama4 import count_parameters, train_flops_per_token
+from maxllama4.model.moe import expert_kernels
 from maxllama4.model.weights import ModelTemplate
 from maxllama4.sharding import MeshContext, no_mesh, use_mesh
 from maxllama4.training.evaluate import Evaluation, local_rows, place_batch
@@ -45,7 +46,7 @@ from maxllama4.training.profiler import Profiler
 from maxllama4.training.run_dir import check_run_dir, compilation_cache_of, keep_config
 from maxllama4.training.signals import StopRequest
 from maxllama4.training.state import TrainState, abstract_state, init_state
-from maxllama4.training.step import lower_train_step
+from maxllama4.training.step import kernel_choice, lower_train_step
 from maxllama4.xla_flags import compiler_options
 
 LOAD_MAPS = 100  # of experts by layer that metrics.jsonl holds, about, however long the run
@@ -126,7 +127,9 @@ class Run:
     self.stopped = False
     length = config.training.sequence_length
     platform = context.mesh.devices.flat[0].platform
-    self.attention = attention_kernel(config.kernels.attention, config.model, platform, length)
+    attention = attention_kernel(config.kernels.attention, config.model, platform, length)
+    experts = expert_kernels(config.model, kernel_choice(config))
+    self.kernels = {"attention": attention, **experts}
     self.template, self.optimizer = template, optimizer
     self.schedule = learning_rate_schedule(config.optimizer, config.training.steps)
     self.tokens = 0  # counted targets up to the last time somebody asked
@@ -214,10 +217,11 @@ class Run:
     self.compile_seconds = time.perf_counter() - start
     total, active = count_parameters(self.config.model)
     training = self.config.training
+    kernels = ", ".join(f"{name} {kind}" for name, kind in self.kernels.items())
     self.progress.say(
       f"{total / 1e6:,.1f}M parameters, {active / 1e6:,.1f}M active;"
       f" {training.batch_size} x {training.sequence_length} tokens a step on {self.context.mesh.size} x"
-      f" {self._device_kind}; {self.attention} attention; compiled in {self.compile_seconds:.1f} s"
+      f" {self._device_kind}; {kernels}; compiled in {self.compile_seconds:.1f} s"
     )
     return compiled
 
@@ -363,7 +367,7 @@ class Run:
       device_kind=self._device_kind,
       hosts=jax.process_count(),
       mesh=dict(mesh.shape),
-      attention=self.attention,
+      kernels=self.kernels,
       parameters=total,
       active_parameters=active,
       compile_seconds=self.compile_seconds,

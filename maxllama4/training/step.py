@@ -32,7 +32,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """One optimizer step over a batch, microbatch by microbatch. Gradients do not depend on how many there are."""
 
-  @use_kernels(_choice(config))
+  @use_kernels(kernel_choice(config))
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     params, fixed = split_trainable(state.model, template)
     totals = batch_totals(batch)
@@ -167,7 +167,7 @@ def forward_sums(
 def make_eval_step(config: Config, template: ModelTemplate) -> Callable[[Arrays, Batch], Metrics]:
   """Nats and counted targets of one held-out batch, as sums."""
 
-  @use_kernels(_choice(config))
+  @use_kernels(kernel_choice(config))
   def eval_step(model: Arrays, batch: Batch) -> Metrics:
     _, nats, _ = forward_sums(config, template, model, batch)
     return {"nats": nats, "weight": batch["weights"].sum()}
@@ -175,7 +175,8 @@ def make_eval_step(config: Config, template: ModelTemplate) -> Callable[[Arrays,
   return eval_step
 
 
-def _choice(config: Config) -> Choice:
+def kernel_choice(config: Config) -> Choice:
+  """The run's choice of kernels."""
   return Choice(**dataclasses.asdict(config.kernels))
 
 
