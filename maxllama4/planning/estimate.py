@@ -51,6 +51,7 @@ class Estimate:
       grouped_flops=self.grouped_flops,
       attention_flops=self.attention_flops,
       hbm_traffic_bytes=self.hbm_traffic_bytes,
+      host_traffic_bytes=2 * self.host_bytes,
       collectives=self.collectives,
       links=links,
     )
@@ -272,6 +273,7 @@ def _flops(share: Share) -> dict[str, float]:
       dense += layers * 2 * tokens * dim * passes * model.num_local_experts
       # A group's tokens are shared out among its devices' experts.
       rows = tokens * model.num_experts_per_tok * share.expert_group / share.parts("experts")
+      rows *= SLACK if exchanged else 1  # of a block, whether they are there or not
       grouped += layers * grouped_passes * 2 * rows * dim * features
     else:
       features = 3 * model.intermediate_size_mlp / share.parts("ffn")

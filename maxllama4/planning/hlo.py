@@ -124,6 +124,8 @@ class _Tally:
 
   def add(self, other: _Tally, times: int = 1, *, asynchronous: bool = False) -> None:
     """Adds `times` executions of `other`, whose collectives are `asynchronous` if it was started to run beside others."""
+    if times == 0:
+      return
     self.matmul_flops += times * other.matmul_flops
     self.grouped_flops += times * other.grouped_flops
     self.attention_flops += times * other.attention_flops

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 
+from maxllama4.model.dispatch import SELDOM
 from maxllama4.planning.hlo_text import Computation, Instruction
 
 _PASSES = {
@@ -39,14 +40,16 @@ class Loops:
     self.unknown: list[str] = []
 
   def count(self, computation: Computation, loop: Instruction) -> int:
-    """Trips of a `while` in `computation`; 1, and a note, where its text does not say."""
+    """Trips of a `while` in `computation`; where its text does not say, none if it is named `SELDOM`, else 1, and a note."""
     body, condition = loop.called("body"), loop.called("condition")
     self._called[body] = (computation, loop)
     known = re.search(r"known_trip_count\D*(\d+)", loop.rest)
     trips = int(known[1]) if known else self._derive(computation, loop, body, condition)
     if trips is None:
-      self.unknown.append(body)
-      trips = 1
+      is_seldom = re.search(rf'op_name="[^"]*/{SELDOM}/while"', loop.rest) is not None
+      trips = 0 if is_seldom else 1
+      if not is_seldom:
+        self.unknown.append(body)
     self.trips[body] = trips
     return trips
 

@@ -299,6 +299,7 @@ def work_of(program: Compiled, links: dict[str, float]) -> Work:
     attention_flops=summary.attention_flops,
     estimated_cycles=summary.estimated_cycles,
     hbm_traffic_bytes=summary.hbm_traffic_bytes,
+    host_traffic_bytes=2 * program.host_bytes,
     collectives=summary.collectives,
     links=links,
   )

@@ -25,6 +25,8 @@ HBM_FRACTION = 0.80
 ICI_FRACTION = 0.80
 DCN_FRACTION = 0.80
 OVERLAP_FRACTION = 0.90
+# A chip's memory to its host's, or back: a share of a bus that chips have in common. Read at no source; rather low.
+HOST_BYTES_PER_SECOND = 10e9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ class Work:
   attention_flops: float = 0.0  # of these: in attention
   estimated_cycles: float | None = None
   hbm_traffic_bytes: float = 0.0
+  host_traffic_bytes: float = 0.0  # to the host's memory and back
   collectives: Sequence[Collective] = ()
   links: Mapping[str, float] = dataclasses.field(
     default_factory=dict
@@ -66,8 +69,9 @@ def predict(chip: Chip, work: Work) -> StepTime:
   compute = _compute_seconds(chip, work)
   hbm = work.hbm_traffic_bytes / (HBM_FRACTION * chip.hbm_bytes_per_second / devices)
   hbm_exposed = hbm if work.estimated_cycles is None else max(0.0, hbm - compute)
-  parts = {"compute": compute, "hbm": hbm, "ici": 0.0, "dcn": 0.0}
-  waited = {"ici": 0.0, "dcn": 0.0}  # for transfers that nothing runs beside
+  host = work.host_traffic_bytes * devices / HOST_BYTES_PER_SECOND
+  parts = {"compute": compute, "hbm": hbm, "ici": 0.0, "dcn": 0.0, "host": host}
+  waited = {"ici": 0.0, "dcn": 0.0, "host": 0.0}  # for transfers that nothing runs beside
   for collective in work.collectives:
     part = "dcn" if collective.dcn else "ici"
     seconds = devices * collective.bytes / _bytes_per_second(chip, work, collective)
@@ -75,7 +79,7 @@ def predict(chip: Chip, work: Work) -> StepTime:
     waited[part] += 0 if collective.asynchronous else seconds
   hidden = OVERLAP_FRACTION * (compute + hbm_exposed)
   exposed = {"compute": compute, "hbm": hbm_exposed}
-  for part in ("dcn", "ici"):  # two networks, each beside the computation
+  for part in ("dcn", "ici", "host"):  # each beside the computation
     exposed[part] = waited[part] + max(0.0, parts[part] - waited[part] - hidden)
   bound_by = max(parts, key=parts.__getitem__)
   return StepTime(sum(exposed.values()), bound_by, parts, exposed)

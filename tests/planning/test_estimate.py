@@ -109,7 +109,8 @@ def test_expert_parallelism_leaves_experts_where_they_are():
   assert sent(spread, "all-gather", "fsdp") < sent(alone, "all-gather", "fsdp") / 4
   # Five trips of every token's row, to its expert and back, and again backward.
   assert sent(spread, "ragged-all-to-all", "expert") == 48 * 5 * 8192 * 5120 * 2 * 15 // 16
-  assert spread.grouped_flops == pytest.approx(alone.grouped_flops)
+  # Blocks have a quarter more rows than there are when experts are chosen alike.
+  assert spread.grouped_flops == pytest.approx(1.25 * alone.grouped_flops)
 
 
 def test_slices_exchange_what_each_chip_has_left():
@@ -170,6 +171,10 @@ def test_every_mesh_does_the_same_work_in_all():
   for sizes in ({"fsdp": 8}, {"fsdp": 2, "tensor": 2, "expert": 2}, {"data": 4, "context": 2}):
     mesh = MeshConfig(**({axis: 1 for axis in MESH_AXES} | sizes))
     cost = estimate_of(dataclasses.replace(tiny_run(sequence_length=16), mesh=mesh))
-    works.append((cost.executed_flops - cost.attention_flops, cost.useful_flops))
+    grouped = cost.grouped_flops / (
+      1.25 if mesh.expert > 1 else 1
+    )  # blocks have some rows to spare
+    dense = cost.executed_flops - cost.attention_flops - cost.grouped_flops
+    works.append((dense + grouped, cost.useful_flops))
   # The router is not split by `tensor`.
   assert works[0] == pytest.approx(works[2]) and works[1] == pytest.approx(works[0], rel=0.05)

@@ -153,6 +153,9 @@ def test_a_loop_that_does_not_say_is_counted_once_and_named():
   text = loop_program("LT", 0, 1).replace("constant(0)", "custom-call()")
   found = summarize(text, Mesh(a=2, b=2))
   assert found.unknown_loops == ("body",) and found.collectives[0].count == 1
+  named = text.replace("body=%body", 'body=%body, metadata={op_name="jit(step)/seldom/while"}')
+  found = summarize(named, Mesh(a=2, b=2))
+  assert not found.unknown_loops and not found.collectives
 
 
 @pytest.mark.parametrize(
