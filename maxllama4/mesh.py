@@ -13,9 +13,9 @@ from maxllama4.config import MESH_AXES, Config, MeshConfig, check_mesh_divides, 
 def build_mesh(config: Config, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
   """The mesh of `config.mesh` over `devices` (default: all), axes in the order of `MESH_AXES`.
 
-  Along an axis that spans several slices, all devices of one slice come before those of the next. Raises: ConfigError
-  when the axis sizes do not fit the devices, their slices are not as many as the axes span, or a dimension does not
-  divide.
+  Along an axis that spans several slices, neighbours are in different slices: so a gather can begin between slices, where
+  it has least to send, and still put its parts together in order. Raises: ConfigError when the axis sizes do not fit the
+  devices, their slices are not as many as the axes span, or a dimension does not divide.
   """
   devices = jax.devices() if devices is None else list(devices)
   check_slices(config.mesh, devices)
@@ -27,11 +27,16 @@ def build_mesh(config: Config, devices: Sequence[Any] | None = None) -> jax.shar
   if config.mesh.num_slices == 1:
     placed = mesh_utils.create_device_mesh(in_slice, devices, allow_split_physical_axes=True)
   elif devices[0].platform == "cpu":
-    placed = _virtual_slices(devices, in_slice, spanned)
+    # Equal runs of consecutive devices stand for slices, which no CPU has.
+    placed = _interleaved(np.array(devices).reshape(*spanned, *in_slice))
   else:
     placed = mesh_utils.create_hybrid_device_mesh(
       in_slice, spanned, devices, allow_split_physical_axes=True
     )
+    pairs = [size for pair in zip(spanned, in_slice, strict=True) for size in pair]
+    rank = len(in_slice)
+    outer_first = (*range(0, 2 * rank, 2), *range(1, 2 * rank, 2))
+    placed = _interleaved(placed.reshape(pairs).transpose(outer_first))
   axis_types = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
   return jax.sharding.Mesh(placed, MESH_AXES, axis_types=axis_types)
 
@@ -55,11 +60,9 @@ def check_slices(mesh: MeshConfig, devices: Sequence[Any]) -> None:
   )
 
 
-def _virtual_slices(
-  devices: Sequence[Any], in_slice: Sequence[int], spanned: Sequence[int]
-) -> np.ndarray:
-  """Equal runs of consecutive devices as slices, placed as `create_hybrid_device_mesh` places real ones."""
-  rank = len(in_slice)
-  blocks = np.array(devices).reshape(*spanned, *in_slice)
-  order = [place for axis in range(rank) for place in (axis, rank + axis)]
-  return blocks.transpose(order).reshape([a * b for a, b in zip(in_slice, spanned, strict=True)])
+def _interleaved(blocks: np.ndarray) -> np.ndarray:
+  """Devices [*slices along each axis, *places in a slice along each axis] as [*axes], the slice last along each."""
+  rank = blocks.ndim // 2
+  order = [place for axis in range(rank) for place in (rank + axis, axis)]
+  sizes = [blocks.shape[axis] * blocks.shape[rank + axis] for axis in range(rank)]
+  return blocks.transpose(order).reshape(sizes)

@@ -8,7 +8,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -48,25 +48,39 @@ class MeshContext:
   def scatter_phases(self, axis: str) -> list[list[list[int]] | None]:
     """Groups of places along the mesh axis `axis` over which sums are scattered, phase by phase; None: all at once.
 
-    XLA does not scatter over all dimensions of a TPU's torus at once, but adds up everything on every chip, twice the
-    bytes; nor does it gather so, unless it knows that the torus is closed. So such an axis goes in two phases: first
-    between places that are a run apart, then within a run of neighbours along one dimension. Gathers go the other way.
+    Within each slice first, then between the slices what is left. And XLA does not scatter over all dimensions of a TPU's
+    torus at once, but adds up everything on every chip, twice the bytes; nor does it gather so, unless it knows that the
+    torus is closed. So such an axis goes in two phases: first between places that are a run apart, then within a run of
+    neighbours along one dimension. Gathers go the other way.
     """
-    number = self.mesh.axis_names.index(axis)
-    line = np.moveaxis(self.mesh.devices, number, -1).reshape(-1, self.mesh.devices.shape[number])[
-      0
-    ]
-    places, everywhere = (
-      np.array([getattr(device, "coords", ()) for device in devices])
-      for devices in (line, self.mesh.devices.flat)
-    )
-    dimensions = (everywhere != everywhere[:1]).any(0).sum()
-    if (places != places[:1]).any(0).sum() < max(2, dimensions) or line.size <= 4:
+    number, slices = self.mesh.axis_names.index(axis), self.rules.slices_along(axis)
+    devices = np.moveaxis(self.mesh.devices, number, -1)
+    phases = _phases_of_torus(devices.reshape(-1, devices.shape[-1])[0, ::slices], devices.flat)
+    if slices == 1:
+      return phases
+    places = np.arange(devices.shape[-1]).reshape(-1, slices)
+    if len(places) == 1:
       return [None]
-    runs = [n for n in range(2, line.size) if line.size % n == 0]
-    run = max(n for n in runs if n == 2 or (places[:n] != places[:1]).any(0).sum() < 2)
-    grid = np.arange(line.size).reshape(-1, run)
-    return [grid.T.tolist(), grid.tolist()]
+    inside = [[range(len(places))] if groups is None else groups for groups in phases]
+    each = [
+      [places[group, i].tolist() for group in groups for i in range(slices)] for groups in inside
+    ]
+    return [*each, places.tolist()]
+
+
+def _phases_of_torus(line: np.ndarray, everywhere: Iterable[Any]) -> list[list[list[int]] | None]:
+  """`scatter_phases` of the devices of one slice along `line`, one among those `everywhere`."""
+  places, others = (
+    np.array([getattr(device, "coords", ()) for device in devices])
+    for devices in (line, everywhere)
+  )
+  dimensions = (others != others[:1]).any(0).sum()
+  if (places != places[:1]).any(0).sum() < max(2, dimensions) or line.size <= 4:
+    return [None]
+  runs = [n for n in range(2, line.size) if line.size % n == 0]
+  run = max(n for n in runs if n == 2 or (places[:n] != places[:1]).any(0).sum() < 2)
+  grid = np.arange(line.size).reshape(-1, run)
+  return [grid.T.tolist(), grid.tolist()]
 
 
 _CONTEXT: contextvars.ContextVar[MeshContext | None] = contextvars.ContextVar(

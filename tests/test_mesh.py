@@ -12,7 +12,7 @@ from tiny import packed_batch, tiny_arrays, tiny_config, tiny_run
 from maxllama4.config import MESH_AXES, ConfigError, DataConfig, MeshConfig
 from maxllama4.mesh import build_mesh
 from maxllama4.model.weights import ModelTemplate
-from maxllama4.sharding import use_mesh
+from maxllama4.sharding import MeshContext, use_mesh
 from maxllama4.training.step import batch_totals, microbatch_objective
 
 # Every dimension divides by 8; one layer is dense, chunked and with RoPE, one has experts, is global and without.
@@ -34,6 +34,7 @@ MESHES = (
   {"expert": 4, "tensor": 2},
   {"expert": 2, "context": 4},
   {"dcn_data": 2, "fsdp": 2, "tensor": 2},
+  {"dcn_fsdp": 2, "fsdp": 2, "expert": 2},
 )
 TOLERANCE = 1e-5
 
@@ -142,11 +143,18 @@ def test_only_the_axis_that_spans_slices_leads_from_one_to_the_other(sizes, span
   slices = np.vectorize(lambda device: device.id // 4)(mesh.devices)
   assert mesh.devices.size == 8 and set(slices.flat) == {0, 1}
   for place, axis in enumerate(MESH_AXES):
-    if axis == spanning:  # the first half of the axis is in the first slice
-      halves = np.split(slices, 2, axis=place)
-      assert [set(half.flat) for half in halves] == [{0}, {1}]
+    if axis == spanning:  # neighbours are in different slices
+      found = np.moveaxis(slices, place, 0)
+      assert [set(found[first::2].flat) for first in (0, 1)] == [{0}, {1}]
     else:
       assert np.all(slices == slices.take([0], axis=place))
+
+
+def test_sums_are_scattered_inside_slices_first():
+  sizes = MeshConfig(dcn_fsdp=2, fsdp=4)
+  context = MeshContext(build_mesh(run_on(sizes)), sizes)
+  inside = [[[0, 2, 4, 6], [1, 3, 5, 7]]]
+  assert context.scatter_phases("fsdp") == [*inside, [[0, 1], [2, 3], [4, 5], [6, 7]]]
 
 
 class Chip:

@@ -382,13 +382,15 @@ def _layer_bytes(share: Share, group: Layers) -> float:
   """What the backward pass through one layer has in use at once.
 
   The largest weight, gathered, or its gradient before it is scattered: never both, for a gradient is scattered before
-  the next one is made. The small weights, gathered ahead. And rows: where a cycle has several layers, one layer is
-  recomputed beside the backward pass through the one behind it.
+  the next one is made. But experts that are spread work on blocks of rows in a loop, which keeps their weights and their
+  gradients from one block to the next. The small weights, gathered ahead. And rows: where a cycle has several layers, one
+  layer is recomputed beside the backward pass through the one behind it.
   """
   weights = [share.gathered(array) for array in group.arrays]
-  routed = [w for w, a in zip(weights, group.arrays, strict=True) if "experts" in a.axes]
+  routed = sum(w for w, a in zip(weights, group.arrays, strict=True) if "experts" in a.axes)
+  largest = 2 * routed if routed and share.parts("experts") > 1 else max(weights)
   beside = 1 if share.model.inhomogeneous_layer_cycle_interval == 1 else 2
-  elements = max(weights) + sum(weights) - sum(routed) + beside * _row_elements(share, group.kind)
+  elements = largest + sum(weights) - routed + beside * _row_elements(share, group.kind)
   return elements * share.itemsize
 
 
