@@ -165,6 +165,26 @@ def _gather(weight, axis, dim, phases):
   return gather(weight)
 
 
+def sum_over(context: MeshContext, x: jax.Array, logical: str) -> jax.Array:
+  """The sum of the `x` of all devices along the mesh axes of `logical`, in `shard_map` with `logical` whole in its result.
+
+  Of the gradient of what n devices have alike, `shard_map` hands each an n-th. Automatic differentiation would add these
+  up, which sends as much as the sum itself; here each device multiplies its own.
+  """
+  axes = context.axes_of(logical)
+  if not axes:
+    return x
+
+  @jax.custom_vjp
+  def total(x):
+    return jax.lax.psum(x, axes)
+
+  total.defvjp(
+    lambda x: (total(x), None), lambda _, gradient: (gradient * context.size(logical),)
+  )
+  return total(x)
+
+
 def weight(
   rngs: nnx.Rngs,
   shape: tuple[int, ...],

@@ -86,8 +86,8 @@ def _backward(exchange, saved, gradient):
   """Blocks are fetched and computed again: what a block needs for its gradient is there for one block at a time."""
   rows, sizes, *weights = saved
   queue = _queue(exchange, rows, sizes, weights[0])
-  if exchange.kind == "alike":  # what the sum over the axis owes each of its terms
-    gradient = jax.lax.psum(gradient, exchange.axis)
+  if exchange.kind == "alike":  # each device was handed its share of what all have alike
+    gradient = gradient * exchange.parts
   shared, shared_gradient = queue.share(rows), queue.share(gradient)
 
   def step(i, totals):

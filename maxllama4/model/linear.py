@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from maxllama4.sharding import current_mesh, gather_embed
+from maxllama4.sharding import current_mesh, gather_embed, sum_over
 
 Axes = tuple[str | None, ...]
 
@@ -56,8 +56,7 @@ def row_parallel(
 
   def local(x, weight):
     y = product(x, gather_embed(context, weight, axes, x.dtype))
-    split = context.axes_of(axes[0])
-    return jax.lax.psum(y, split) if split else y
+    return sum_over(context, y, axes[0])
 
   return jax.shard_map(
     local,

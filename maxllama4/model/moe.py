@@ -22,6 +22,7 @@ from maxllama4.sharding import (
   current_mesh,
   current_platform,
   gather_embed,
+  sum_over,
   weight,
   zeros,
 )
@@ -191,8 +192,7 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
   are gathered here, in the dtype of `x`: so their gradients are summed and scattered in that dtype, and no device ever
   holds the gradient of a whole layer in float32.
   """
-  exchange, sum_axes = _exchange(context), context.axes_of("ffn")
-  num_experts = len(gate_up)
+  exchange, num_experts = _exchange(context), len(gate_up)
 
   def local(x, experts, scores, gate_up, down):
     # Laid out as the products want it before the gather: after it, that would be a copy of a whole layer. What is
@@ -206,8 +206,7 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
         return apply_experts(rows, sizes, *weights, transposed=True)
       return exchange_and_apply(exchange, rows, sizes, *weights)
 
-    y = _route(x, experts, scores, num_experts, apply)
-    return jax.lax.psum(y, sum_axes) if sum_axes else y
+    return sum_over(context, _route(x, experts, scores, num_experts, apply), "ffn")
 
   tokens = context.spec(("batch", "length", None))
   return jax.shard_map(
