@@ -64,9 +64,13 @@ class Llama4DecoderLayer(nnx.Module):
     return x + self.feed_forward(y), None, cache
 
 
+@jax.custom_vjp
 def _row_major(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
   """`x`, a token's numbers next to each other in memory. XLA for TPUs would lay them the other way, which suits the norms,
   and turn them over for the experts and back, layer by layer.
+
+  So lies its gradient. Left to automatic differentiation, `shard_map` would add up over `tensor` what all devices there
+  have alike.
   """
   if current_platform() != "tpu":
     return x
@@ -83,6 +87,9 @@ def _row_major(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
   return jax.shard_map(lay, mesh=context.mesh, in_specs=tokens, out_specs=tokens, check_vma=False)(
     x
   )
+
+
+_row_major.defvjp(lambda x: (_row_major(x), None), lambda _, gradient: (_row_major(gradient),))
 
 
 class Llama4ScannableBlock(nnx.Module):
