@@ -143,16 +143,22 @@ def gather_embed(
   weight = weight.astype(dtype)
   ((dim, name),) = [(i, name) for i, name in enumerate(axes) if name in EMBED_AXES]
   for axis in reversed([a for a in context.axes_of(name) if context.mesh.shape[a] > 1]):
-    weight = _gather(weight, axis, dim, context.scatter_phases(axis))
+    weight = gather(context, weight, axis, dim)
   return weight
 
 
-def _gather(weight, axis, dim, phases):
+def gather(context: MeshContext, x: jax.Array, axis: str, dim: int) -> jax.Array:
+  """The parts `x` of all devices along the mesh axis `axis`, put together along `dim`; for use in `shard_map`.
+
+  The gradient is scattered as it is summed.
+  """
+  phases = context.scatter_phases(axis)
+
   @jax.custom_vjp
-  def gather(weight):
+  def whole(x):
     for groups in reversed(phases):
-      weight = jax.lax.all_gather(weight, axis, axis=dim, tiled=True, axis_index_groups=groups)
-    return weight
+      x = jax.lax.all_gather(x, axis, axis=dim, tiled=True, axis_index_groups=groups)
+    return x
 
   def scatter(_, gradient):
     for groups in phases:
@@ -161,8 +167,8 @@ def _gather(weight, axis, dim, phases):
       )
     return (gradient,)
 
-  gather.defvjp(lambda weight: (gather(weight), None), scatter)
-  return gather(weight)
+  whole.defvjp(lambda x: (whole(x), None), scatter)
+  return whole(x)
 
 
 def sum_over(context: MeshContext, x: jax.Array, logical: str) -> jax.Array:
@@ -179,9 +185,7 @@ def sum_over(context: MeshContext, x: jax.Array, logical: str) -> jax.Array:
   def total(x):
     return jax.lax.psum(x, axes)
 
-  total.defvjp(
-    lambda x: (total(x), None), lambda _, gradient: (gradient * context.size(logical),)
-  )
+  total.defvjp(lambda x: (total(x), None), lambda _, gradient: (gradient * context.size(logical),))
   return total(x)
 
 

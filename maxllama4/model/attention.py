@@ -15,7 +15,14 @@ from maxllama4.model.linear import column_parallel, row_parallel
 from maxllama4.model.norms import rms_normalize
 from maxllama4.model.rope import half_split, rope_tables, rotate
 from maxllama4.settings import require
-from maxllama4.sharding import current_mesh, current_platform, weight, zeros
+from maxllama4.sharding import (
+  MeshContext,
+  current_mesh,
+  current_platform,
+  gather,
+  weight,
+  zeros,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -103,8 +110,7 @@ def self_attend(
   def local(q, k, v, positions, segments):
     keys, offset = (k, v, positions, segments), 0
     if is_split:
-      (axis,) = context.axes_of("length")
-      keys, offset = _visible_keys(keys, axis, chunk_size, sequences.whole_rows)
+      keys, offset = _visible_keys(context, keys, chunk_size, sequences.whole_rows)
     k, v, positions, segments = keys
     starts = run_starts(positions, segments, chunk_size)
     return attention(
@@ -135,13 +141,14 @@ def self_attend(
   )(*arrays)
 
 
-def _visible_keys(keys, axis: str, chunk_size: int | None, whole_rows: bool):
+def _visible_keys(context: MeshContext, keys, chunk_size: int | None, whole_rows: bool):
   """Of rows split over a mesh axis, what the queries of this part may see; and the index of the first query in it.
 
-  `keys` are arrays [B, T, ...]. Layers without chunks gather whole rows. Those with chunks need at most one chunk of the
+  `keys` are keys, values, positions and segments, [B, T, ...]. Layers without chunks gather whole rows. Those with chunks need at most one chunk of the
   part before, and nothing where every part is made of whole chunks.
   """
-  length, parts = keys[0].shape[1], jax.lax.axis_size(axis)
+  (axis,) = context.axes_of("length")
+  length, parts = keys[0].shape[1], context.size("length")
   if chunk_size is not None and whole_rows and length % chunk_size == 0:
     return keys, 0
   if chunk_size is not None and chunk_size <= length:
@@ -150,8 +157,10 @@ def _visible_keys(keys, axis: str, chunk_size: int | None, whole_rows: bool):
       [z[:, -chunk_size:] for z in keys], axis, [(i, i + 1) for i in range(parts - 1)]
     )
     return [jnp.concatenate(pair, axis=1) for pair in zip(before, keys)], chunk_size
-  keys = jax.lax.all_gather(keys, axis, axis=1, tiled=True)
-  return keys, jax.lax.axis_index(axis) * length
+  k, v, *ids = keys
+  k, v = (gather(context, z, axis, 1) for z in (k, v))
+  ids = jax.lax.all_gather(ids, axis, axis=1, tiled=True)
+  return [k, v, *ids], jax.lax.axis_index(axis) * length
 
 
 def _repeat_heads(x: Float[Array, "B T K H"], heads: int, parts: int) -> Float[Array, "B T R H"]:
