@@ -21,7 +21,7 @@ SMALL = (
 )
 # Name: configuration, topology, settings.
 CASES = {
-  "small, fsdp 8": ("scout", "v5p:2x2x2", f"{SMALL} training.batch_size=8"),
+  "small": ("scout", "v5p:2x2x2", f"{SMALL} training.batch_size=8"),
   "small, attention kept": (
     "scout",
     "v5p:2x2x2",
@@ -44,30 +44,45 @@ CASES = {
     "v5p:2x2x2",
     f"{SMALL} training.batch_size=2 mesh.context=4 training.sequence_length=32768",
   ),
-  "small dense and experts, expert 8": (
-    "maverick",
-    "tpu7x:2x2x1",
-    f"{SMALL} training.batch_size=16 mesh.expert=8",
-  ),
-  "Scout, fsdp 64": ("scout", "v5p:4x4x4", ""),
+  "Scout": ("scout", "v5p:4x4x4", ""),
   "Scout, expert 16": ("scout", "v5p:4x4x4", "mesh.expert=16"),
-  "Maverick, fsdp 16 x expert 8": ("maverick", "v5p:4x4x8", "mesh.expert=8"),
+  "Scout, 262,144 tokens a row, context 16": (
+    "scout",
+    "v5p:4x4x4",
+    "training.sequence_length=262144 training.batch_size=4 mesh.context=16",
+  ),
+  "Scout, attention kept": (
+    "scout",
+    "v6e:16x16",
+    "training.batch_size=256 training.remat=attention",
+  ),
+  "Scout, matmuls kept, 2 rows": (
+    "scout",
+    "tpu7x:4x4x4",
+    "training.batch_size=256 training.remat=matmuls",
+  ),
+  "Maverick, expert 8": ("maverick", "v5p:4x4x8", "mesh.expert=8"),
+  "Maverick, layer inputs on the host, 4 rows": (
+    "maverick",
+    "v5p:4x4x8",
+    "training.batch_size=512 training.remat=offload",
+  ),
 }
 HELD_OUT = {
-  "small, data 2 x fsdp 4, 4 rows": (
-    "scout",
-    "tpu7x:2x2x1",
-    f"{SMALL} training.batch_size=32 mesh.data=2 model.num_local_experts=8",
-  ),
-  "small, long": (
+  "small, tensor 2, 2 rows of 16,384": (
     "scout",
     "v6e:2x4",
     f"{SMALL} training.batch_size=4 mesh.tensor=2 training.sequence_length=16384",
   ),
-  "small, expert 2, 2 microbatches, attention kept": (
+  "small dense and experts, expert 2, attention kept, 2 microbatches": (
     "maverick",
     "v5p:2x2x2",
     f"{SMALL} training.batch_size=32 mesh.expert=2 training.gradient_accumulation=2 training.remat=attention",
+  ),
+  "Scout, attention kept, 4 rows": (
+    "scout",
+    "v5p:4x4x4",
+    "training.batch_size=256 training.remat=attention",
   ),
 }
 
