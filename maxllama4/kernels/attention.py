@@ -59,7 +59,7 @@ def attention(
   `starts` tells for each key the index of the first one of its run. No run is longer than `longest_run` (None: than a
   row); `even_runs` says that all are as long as that, but for the last of a row. `offset` is a multiple of the greatest
   common divisor of T and S. Scores and softmax are float32. Checkpoint policies know the output, and what else the
-  backward pass needs besides the inputs, as "attention".
+  backward pass needs besides the inputs, as "attention"; of cuDNN by `is_cudnn_forward`.
   """
   if kernel == "splash":
     return splash_attention(q, k, v, starts, offset, longest_run=longest_run, name="attention")
@@ -67,10 +67,14 @@ def attention(
     return blockwise(q, k, v, starts, jnp.asarray(offset, jnp.int32))
   if kernel == "cudnn":
     run = min(longest_run or q.shape[1], q.shape[1]) if even_runs else None
-    y = library_attention(q, k, v, starts, offset, run, "cudnn")
-  else:
-    y = attend(q, k, v, run_mask(starts, offset, q.shape[1]))
+    return library_attention(q, k, v, starts, offset, run, "cudnn")
+  y = attend(q, k, v, run_mask(starts, offset, q.shape[1]))
   return checkpoint_name(y, "attention")
+
+
+def is_cudnn_forward(primitive, *_, **__) -> bool:
+  """A checkpoint policy: keeps what cuDNN's forward pass gives. It has no name, being made inside of JAX's gradient rule."""
+  return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def run_mask(

@@ -10,6 +10,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from maxllama4.config import LayerKind, ModelConfig
+from maxllama4.kernels.attention import is_cudnn_forward
 from maxllama4.model.attention import Attention, Sequences
 from maxllama4.model.kv_cache import LayerCache, init_cache
 from maxllama4.model.mlp import GatedMLP
@@ -31,7 +32,9 @@ _POLICIES = {
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names("matmul"),  # inside shard_map dots are not seen
   ),
-  "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+  "attention": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names("attention"), is_cudnn_forward
+  ),
 }
 
 

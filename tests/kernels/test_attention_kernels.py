@@ -12,6 +12,7 @@ from maxllama4.kernels.attention import (
   attention,
   blockwise,
   choose_kernel,
+  is_cudnn_forward,
   library_attention,
   obstacle,
   run_mask,
@@ -222,3 +223,19 @@ def test_devices_and_numbers_choose_the_kernel():
   assert choose_kernel(None, "bfloat16", 128, 8192) == "blockwise"
   assert obstacle("reference", "cpu", "float32", 5, 3) is None
   assert "16" not in obstacle("splash", "cpu", "bfloat16", 128, 8192)
+
+
+@pytest.mark.parametrize("even_runs", [True, False])
+def test_cudnn_runs_forward_once_where_a_policy_keeps_it(even_runs, monkeypatch):
+  # Traced only: there is no cuDNN here.
+  monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 92200)
+  x, starts = jnp.zeros((1, 128, 2, 64), jnp.bfloat16), jnp.zeros((1, 128), jnp.int32)
+
+  @functools.partial(jax.checkpoint, policy=is_cudnn_forward)
+  def layer(x):
+    y = attention(x, x, x, starts, kernel="cudnn", even_runs=even_runs)
+    return (y * y).sum(dtype=jnp.float32)
+
+  text = str(jax.make_jaxpr(jax.grad(layer))(x))
+  assert text.count("= dot_product_attention_fwd_wrapper") == 1
+  assert text.count("= dot_product_attention_bwd_wrapper") == 1
