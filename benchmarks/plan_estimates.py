@@ -44,6 +44,11 @@ CASES = {
     "v5p:2x2x2",
     f"{SMALL} training.batch_size=2 mesh.context=4 training.sequence_length=32768",
   ),
+  "small dense and experts, expert 8": (
+    "maverick",
+    "tpu7x:2x2x1",
+    f"{SMALL} training.batch_size=16 mesh.expert=8",
+  ),
   "Scout": ("scout", "v5p:4x4x4", ""),
   "Scout, expert 16": ("scout", "v5p:4x4x4", "mesh.expert=16"),
   "Scout, 262,144 tokens a row, context 16": (
