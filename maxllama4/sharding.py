@@ -152,23 +152,35 @@ def gather(context: MeshContext, x: jax.Array, axis: str, dim: int) -> jax.Array
 
   The gradient is scattered as it is summed.
   """
-  phases = context.scatter_phases(axis)
 
   @jax.custom_vjp
   def whole(x):
-    for groups in reversed(phases):
-      x = jax.lax.all_gather(x, axis, axis=dim, tiled=True, axis_index_groups=groups)
-    return x
+    return gather_parts(context, x, axis, dim)
 
   def scatter(_, gradient):
-    for groups in phases:
-      gradient = jax.lax.psum_scatter(
-        gradient, axis, scatter_dimension=dim, axis_index_groups=groups, tiled=True
-      )
-    return (gradient,)
+    return (scatter_sum(context, gradient, axis, dim),)
 
   whole.defvjp(lambda x: (whole(x), None), scatter)
   return whole(x)
+
+
+def gather_parts(context: MeshContext, x: jax.Array, axis: str, dim: int) -> jax.Array:
+  """`gather`, where no gradient is taken."""
+  for groups in reversed(context.scatter_phases(axis)):
+    x = jax.lax.all_gather(x, axis, axis=dim, tiled=True, axis_index_groups=groups)
+  return x
+
+
+def scatter_sum(context: MeshContext, x: jax.Array, axis: str, dim: int) -> jax.Array:
+  """This device's part along `dim` of the sum of the `x` of all devices along `axis`: `gather_parts` backwards."""
+  slices, phases = context.rules.slices_along(axis), context.scatter_phases(axis)
+  for groups in phases[: -1 if slices > 1 else None]:
+    x = jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True, axis_index_groups=groups)
+  if slices == 1:
+    return x
+  # Slices are a dimension by themselves: else XLA fills up each part to the width of a tile before it leaves the slice.
+  x = x.reshape(*x.shape[:dim], slices, -1, *x.shape[dim + 1 :])
+  return jax.lax.psum_scatter(x, axis, scatter_dimension=dim, axis_index_groups=phases[-1])
 
 
 def sum_over(context: MeshContext, x: jax.Array, logical: str) -> jax.Array:

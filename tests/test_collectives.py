@@ -52,15 +52,15 @@ MESHES = {
   "data": ({"data": 8}, {"all-reduce data": 2 * 7 / 8 * (WEIGHTS + TABLE)}),
   # Each way, once in the embedding or the head, and twice in each layer.
   "tensor": ({"tensor": 8}, {"all-reduce tensor": 10 * 2 * 7 / 8 * STREAM}),
-  # Rows to their experts and back: four times for the first block, and five in the loops over the others, which count
-  # once. The last block holds a quarter more than an even share.
+  # Rows to their experts, and back in blocks with a quarter to spare; and so their gradients. The loop over further blocks
+  # counts as never run.
   "expert": (
     {"expert": 8},
     {
       "all-gather expert": 7 / 8 * DENSE,
       "reduce-scatter expert": 7 / 8 * DENSE,
       "all-to-all expert": 2 * 7 / 8 * STREAM / 8,
-      "ragged-all-to-all expert": 10 * 7 / 8 * STREAM / 8,
+      "ragged-all-to-all expert": (2 + 2 * 1.25) * 7 / 8 * STREAM / 8,
     },
   ),
   # Of the chunked layer, no keys and values; of the other, both, and their gradients.
@@ -106,7 +106,8 @@ MESHES = {
       "all-gather fsdp": 3 / 4 * WEIGHTS,
       "reduce-scatter fsdp": 3 / 4 * WEIGHTS,
       "all-gather fsdp between slices": 1 / 8 * WEIGHTS,
-      "reduce-scatter fsdp between slices": 1 / 8 * WEIGHTS,
+      # Parts of 64 columns, half a tile, are filled up where columns are what is scattered.
+      "reduce-scatter fsdp between slices": 1 / 8 * WEIGHTS + 655360,
       "all-to-all fsdp between slices": 2 * 1 / 2 * STREAM / 8,
     },
   ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -13,11 +14,14 @@ _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-  """The partitions of a program, in the order of the mesh's devices."""
+  """The devices that a program runs on: a mesh's.
+
+  XLA makes a program for a slice, and numbers its devices as they come in the mesh; so all slices', one behind the other.
+  """
 
   axes: tuple[str, ...]
   sizes: tuple[int, ...]
-  slices: tuple[int, ...]  # of each partition
+  slices: tuple[int, ...]  # of each device of the mesh, in its order
 
   @classmethod
   def of(cls, mesh: jax.sharding.Mesh) -> Devices:
@@ -28,9 +32,14 @@ class Devices:
   def count(self) -> int:
     return len(self.slices)
 
+  @functools.cached_property
+  def _places(self) -> np.ndarray:
+    """Where in the mesh the devices of the program are."""
+    return np.argsort(self.slices, stable=True)
+
   def axes_of(self, group: list[int]) -> tuple[str, ...]:
     """The mesh axes along which the members of a group differ."""
-    places = np.array(np.unravel_index(group, self.sizes))  # axes members
+    places = np.array(np.unravel_index(self._places[group], self.sizes))  # axes members
     return tuple(axis for axis, place in zip(self.axes, places) if np.ptp(place) > 0)
 
   def spanning_axes(self) -> tuple[str, ...]:
@@ -40,7 +49,7 @@ class Devices:
     return tuple(axis for axis, change in zip(self.axes, changes) if change)
 
   def leaves_slice(self, group: list[int]) -> bool:
-    return len({self.slices[device] for device in group}) > 1
+    return len({self.slices[place] for place in self._places[group]}) > 1
 
 
 def replica_group(attributes: str, devices: Devices) -> list[int]:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from maxllama4.model.embeddings import logits_of
-from maxllama4.sharding import MeshContext, current_mesh
+from maxllama4.sharding import MeshContext, current_mesh, gather_parts, scatter_sum
 
 LANES = 128  # of a TPU
 NO_TOKEN = -1  # what a column that only fills up stands for
@@ -106,7 +106,7 @@ class _Axes:
   tokens: tuple[str, ...] = ()
   embed: tuple[str, ...] = ()
   vocab: tuple[str, ...] = ()
-  phases: dict[str, list] = dataclasses.field(default_factory=dict)  # `scatter_phases` of each
+  context: MeshContext | None = None
 
   @classmethod
   def of(cls, context: MeshContext) -> "_Axes":
@@ -114,9 +114,7 @@ class _Axes:
       axes = [axis for name in names for axis in context.axes_of(name)]
       return tuple(axis for axis in axes if context.mesh.shape[axis] > 1)
 
-    tokens, embed, vocab = long("batch", "length"), long("embed"), long("vocab")
-    phases = {axis: context.scatter_phases(axis) for axis in embed + vocab}
-    return cls(tokens, embed, vocab, phases)
+    return cls(long("batch", "length"), long("embed"), long("vocab"), context)
 
   @property
   def _split_columns(self) -> tuple[str, ...]:
@@ -152,8 +150,7 @@ class _Axes:
 
   def _gather(self, x, axes, dim):
     for axis in reversed(axes):
-      for groups in reversed(self.phases[axis]):
-        x = jax.lax.all_gather(x, axis, axis=dim, axis_index_groups=groups, tiled=True)
+      x = gather_parts(self.context, x, axis, dim)
     return x
 
   def scattered(self, gradient, head, dtype):
@@ -165,10 +162,7 @@ class _Axes:
     for dim, axes in ((1, self._gathered_columns), (0, self.embed)):
       for axis in axes:
         if axis in self.tokens:
-          for groups in self.phases[axis]:
-            gradient = jax.lax.psum_scatter(
-              gradient, axis, scatter_dimension=dim, axis_index_groups=groups, tiled=True
-            )
+          gradient = scatter_sum(self.context, gradient, axis, dim)
         else:  # all devices along it have the same gradient
           size = gradient.shape[dim] // jax.lax.axis_size(axis)
           start = jax.lax.axis_index(axis) * size
