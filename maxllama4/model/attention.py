@@ -144,8 +144,8 @@ def self_attend(
 def _visible_keys(context: MeshContext, keys, chunk_size: int | None, whole_rows: bool):
   """Of rows split over a mesh axis, what the queries of this part may see; and the index of the first query in it.
 
-  `keys` are keys, values, positions and segments, [B, T, ...]. Layers without chunks gather whole rows. Those with chunks need at most one chunk of the
-  part before, and nothing where every part is made of whole chunks.
+  `keys` are keys, values, positions and segments, [B, T, ...]. Layers without chunks gather whole rows. Those with chunks
+  need at most one chunk of the part before, and nothing where every part is made of whole chunks.
   """
   (axis,) = context.axes_of("length")
   length, parts = keys[0].shape[1], context.size("length")

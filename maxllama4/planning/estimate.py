@@ -457,22 +457,33 @@ def _collectives(share: Share, structure: Structure) -> list[Collective]:
       _weight_collectives(wire, array, 1 if share.training.remat == "none" else 2)
     _activation_collectives(wire, group)
   for array in structure.others:
-    _weight_collectives(wire, array, 1)
+    # Of the embedding, vectors of tokens travel, and their gradients, not the table.
+    _weight_collectives(wire, array, 0 if array.path == "embed/weight" else 1)
+  stream, dtype = share.tokens * share.model.hidden_size, share.model.dtype
+  if share.axes("embed"):
+    wire.add("all-to-all", share.axes("embed"), stream, dtype, 2 * share.microbatches, False)
+  if share.axes(
+    "vocab"
+  ):  # sums of the embedding's vectors, and of the gradient of what the head reads
+    wire.add("all-reduce", share.axes("vocab"), stream, dtype, 2 * share.microbatches, False)
   return wire.collectives
 
 
 def _weight_collectives(wire: _Wire, array: Array, gathers: int) -> None:
-  """Gathers in the dtype of the activations; gradients scattered in it as they are summed, then summed over the rest."""
+  """Gathers in the dtype of the activations; gradients scattered in it as they are summed, then summed over the rest.
+
+  What is not gathered at all is not scattered, either.
+  """
   share, dtype = wire.share, wire.share.model.dtype
   count = array.copies * share.microbatches
   over = share.axes(*(name for name in array.axes if name in EMBED_AXES))
   whole = share.gathered(array)
-  if over:
+  if over and gathers:
     wire.add("all-gather", over, whole, dtype, gathers * count, True)
   if not array.is_trained:
     return
   scatters = tuple(axis for axis in over if axis in share.token_axes)
-  if scatters:
+  if scatters and gathers:
     wire.add("reduce-scatter", scatters, whole, dtype, count, True)
   rest = set(share.token_axes) - set(share.axes(*array.axes))
   if rest:
@@ -493,8 +504,8 @@ def _activation_collectives(wire: _Wire, group: Layers) -> None:
   if share.axes("heads"):
     wire.add("all-reduce", share.axes("heads"), stream, dtype, (forwards + 1) * count, False)
   if share.axes("ffn"):
-    networks = 2 if group.kind.is_moe else 1  # routed and shared experts
-    wire.add("all-reduce", share.axes("ffn"), stream, dtype, 2 * networks * count, False)
+    # Routed and shared experts' in one.
+    wire.add("all-reduce", share.axes("ffn"), stream, dtype, 2 * count, False)
   experts = share.axes("experts")
   if group.kind.is_moe and experts:
     rows = stream * model.num_experts_per_tok
