@@ -352,7 +352,10 @@ class Run:
     """Starts a checkpoint; `position` is where the data stands, by default where it stands now."""
     self._check_all()
     with self.clock.spent_on("checkpoint"):
-      state, loader = self.state, merge_states(gather_json(position or self.loader.get_state()))
+      # Nothing of the step may still run when processes tell each other where their data stands: on CPUs both block
+      # threads of one pool, and four processes that saved have once been seen to wait for each other.
+      state = jax.block_until_ready(self.state)
+      loader = merge_states(gather_json(position or self.loader.get_state()))
       rest = {"step": state.step, "optimizer": state.optimizer, "health": state.health}
       self.store.save(step, state.model, rest, {"tokens": self.tokens, "loader": loader})
 
