@@ -86,7 +86,9 @@ MESHES = {
     {"fsdp": 4, "tensor": 2},
     {
       "all-gather fsdp": 3 / 4 * WEIGHTS / 2,
-      "reduce-scatter fsdp": 3 / 4 * WEIGHTS / 2,
+      # Of one array, half as large as the table, XLA makes a sum.
+      "reduce-scatter fsdp": 3 / 4 * (WEIGHTS - TABLE) / 2,
+      "all-reduce fsdp": 2 * 3 / 4 * TABLE / 2,
       "all-to-all fsdp": 2 * 3 / 4 * STREAM / 4,
       "all-reduce tensor": 10 * 2 * 1 / 2 * STREAM / 4,
     },
