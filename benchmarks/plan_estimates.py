@@ -3,7 +3,8 @@
   python benchmarks/plan_estimates.py [NAME ...]     compiles the cases named (default: all that are not in the results)
   python benchmarks/plan_estimates.py --table        writes results/plan_estimates.md from results/plan_estimates.json
 
-Needs no TPU, but `libtpu`. Cases after `HELD_OUT` were first compiled after the arithmetic had its final form.
+Needs no TPU, but `libtpu`. An entry may also come from `maxllama4 plan` with the same settings, which compiles the same
+program; so do those of whole models that searches had compiled already. Cases after `HELD_OUT` were first compiled after the arithmetic had its final form.
 """
 
 import argparse

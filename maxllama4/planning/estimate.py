@@ -462,9 +462,8 @@ def _collectives(share: Share, structure: Structure) -> list[Collective]:
   stream, dtype = share.tokens * share.model.hidden_size, share.model.dtype
   if share.axes("embed"):
     wire.add("all-to-all", share.axes("embed"), stream, dtype, 2 * share.microbatches, False)
-  if share.axes(
-    "vocab"
-  ):  # sums of the embedding's vectors, and of the gradient of what the head reads
+  # Sums of the embedding's vectors, and of the gradient of what the head reads.
+  if share.axes("vocab"):
     wire.add("all-reduce", share.axes("vocab"), stream, dtype, 2 * share.microbatches, False)
   return wire.collectives
 

@@ -352,8 +352,8 @@ class Run:
     """Starts a checkpoint; `position` is where the data stands, by default where it stands now."""
     self._check_all()
     with self.clock.spent_on("checkpoint"):
-      # Nothing of the step may still run when processes tell each other where their data stands: on CPUs both block
-      # threads of one pool, and four processes that saved have once been seen to wait for each other.
+      # Four processes once hung where they tell each other where their data stands. Whether the step's own exchanges had
+      # a part in it is not known; they are over by then.
       state = jax.block_until_ready(self.state)
       loader = merge_states(gather_json(position or self.loader.get_state()))
       rest = {"step": state.step, "optimizer": state.optimizer, "health": state.health}
