@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, and array shapes checked at run time, for every test."""
 
+import gc
 import os
 
 # Before anything imports jax.
@@ -12,3 +13,7 @@ import jaxtyping
 
 WITH_SHAPES = ("kernels", "model", "checkpoint", "training", "decoding", "sharding", "mesh")
 jaxtyping.install_import_hook([f"maxllama4.{name}" for name in WITH_SHAPES], "shapes.checked")
+
+
+def pytest_collection_finish():
+  gc.freeze()  # what is imported by now stays: nothing in it to look for again and again

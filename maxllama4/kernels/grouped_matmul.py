@@ -102,10 +102,10 @@ blockwise.defvjp(_forward, _backward)
 
 
 def _blocks(rows) -> tuple[int, ...]:
-  """Sizes of blocks for so many rows; one that a smaller size makes needless would only be compiled in vain."""
+  """Sizes of blocks for so many rows. One that is most of all rows would be compiled and hardly ever used."""
   if rows.shape[0] <= FEW_ROWS:
     return (1,)
-  return tuple(block for block, smaller in zip(BLOCKS, (*BLOCKS[1:], 0)) if smaller < rows.shape[0])
+  return tuple(block for block in BLOCKS if 4 * block <= rows.shape[0]) or BLOCKS[-1:]
 
 
 def _pad(rows):

@@ -21,7 +21,7 @@ def plan_text(plan: Plan) -> str:
     for name in PARTS
     if plan.hbm_bytes[name] or plan.target == "train"
   ]
-  lines.append(("", ", ".join(parts)))
+  lines.append(("", f"at the peak: {', '.join(parts)}"))
   if plan.host_bytes:
     lines.append(("", f"and {plan.host_bytes / GB:.2f} GB of the host's"))
   lines += [("work", work_words(plan)), *wire_lines(plan), *time_lines(plan)]
