@@ -22,6 +22,7 @@ from maxllama4.sharding import MeshContext, use_mesh
 from maxllama4.training.evaluate import place_batch
 from maxllama4.training.metrics import to_plain
 from maxllama4.training.optimizer import make_optimizer
+from maxllama4.training.run_dir import compilation_cache_of
 from maxllama4.training.state import abstract_state, split_trainable
 from maxllama4.training.statistics import debug_metrics
 from maxllama4.training.step import Batch, batch_gradients, batch_totals, microbatches_of
@@ -119,7 +120,7 @@ def replay(folder: str | pathlib.Path, overrides: Sequence[str]) -> dict[str, An
     f"training.batch_size={config.training.batch_size}, but {folder} holds {len(batch['tokens'])} rows; leave it as it"
     " was.",
   )
-  with use_mesh(build_mesh(config), config.mesh) as context:
+  with compilation_cache_of(config), use_mesh(build_mesh(config), config.mesh) as context:
     shapes = abstract_state(template, optimizer, context)
     arrays = store.restore_model(step - 1, shapes.model)
     placed = place_batch(batch, config, context)

@@ -108,7 +108,7 @@ def test_scanned_layers_compute_what_they_do_one_by_one_and_report_in_order(num_
 def test_a_fresh_layer_passes_its_input_on_and_can_learn():
   config = tiny_config(num_hidden_layers=5)
   template = ModelTemplate(config)
-  arrays = template.init(jax.random.key(0))
+  arrays = jax.jit(template.init)(jax.random.key(0))
   tokens = packed_batch(1, 7)["tokens"]
   positions = jnp.arange(7)[None]
   sequences = Sequences.of(positions, jnp.ones_like(positions), config)
