@@ -32,15 +32,11 @@ def apply_experts(
   sizes: Int[Array, " E"],
   gate: Float[Array, "E D F"],
   up: Float[Array, "E D F"],
-  down: Float[Array, "E _ _"],
-  transposed: bool = False,
+  down: Float[Array, "E D F"],
 ) -> Float[Array, "R D"]:
-  """Each row through its expert: groups are consecutive, `sizes` rows each; rows beyond them give anything.
-
-  `down` is [E, F, D], or [E, D, F] if `transposed`.
-  """
+  """Each row through its expert: groups are consecutive, `sizes` rows each; rows beyond them give anything."""
   hidden = jax.nn.silu(grouped_matmul(rows, gate, sizes)) * grouped_matmul(rows, up, sizes)
-  return grouped_matmul(hidden, down, sizes, transposed)
+  return grouped_matmul(hidden, down, sizes, transposed=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +63,13 @@ def exchange_and_apply(
   up: Float[Array, "e D F"],
   down: Float[Array, "e D F"],
 ) -> Float[Array, "R D"]:
-  """`apply_experts` (`transposed`) of E experts, e of which each device of an axis holds, in order; in a shard_map."""
+  """`apply_experts` of E experts, e of which each device of an axis holds, in order; in a shard_map."""
   queue = _queue(exchange, rows, sizes, gate)
   shared = queue.share(rows)
 
   def step(i, out):
     groups, block = queue.fetch(i, shared)
-    return queue.put(i, out, apply_experts(block, groups, gate, up, down, transposed=True))
+    return queue.put(i, out, apply_experts(block, groups, gate, up, down))
 
   return queue.collect(_fold(queue, step, queue.empty(rows)))
 
@@ -95,9 +91,7 @@ def _backward(exchange, saved, gradient):
     groups, block = queue.fetch(i, shared)
     _, block_gradient = queue.fetch(i, shared_gradient)
     _, pull = jax.vjp(
-      lambda block, *weights: apply_experts(block, groups, *weights, transposed=True),
-      block,
-      *weights,
+      lambda block, *weights: apply_experts(block, groups, *weights), block, *weights
     )
     to_block, *more = pull(block_gradient)
     to_weights = [a + b for a, b in zip(to_weights, more)] if to_weights else more

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from maxllama4.config import ModelConfig, require
 from maxllama4.kernels.choice import Choice, current_choice, use_kernels
-from maxllama4.kernels.grouped_matmul import PLATFORMS, automatic, has_tokamax
+from maxllama4.kernels.grouped_matmul import PLATFORMS, automatic, grouped_matmul, has_tokamax
 from maxllama4.model.dispatch import WIDE, Exchange, apply_experts, exchange_and_apply
 from maxllama4.model.mlp import GatedMLP
 from maxllama4.sharding import (
@@ -148,10 +148,18 @@ def route(
   down: Float[Array, "E F D"],
 ) -> Float[Array, "B T D"]:
   """The sum of each token's experts, in the dtype of `x`. Choices outside 0..E-1 (padding) give zero."""
-  weights = [weight.astype(x.dtype) for weight in (gate_up[:, 0], gate_up[:, 1], down)]
-  return _route(
-    x, experts, scores, len(down), lambda rows, sizes: apply_experts(rows, sizes, *weights)
-  )
+  # All gates and ups are one stack of matrices, of which a product takes every other one: cut out, they would be copied.
+  stack = gate_up.reshape(-1, *gate_up.shape[2:]).astype(x.dtype)
+
+  def apply(rows, sizes):
+    none = jnp.zeros_like(sizes)
+    gate, up = (
+      grouped_matmul(rows, stack, jnp.stack(pair, 1).reshape(-1))
+      for pair in ((sizes, none), (none, sizes))
+    )
+    return grouped_matmul(jax.nn.silu(gate) * up, down.astype(x.dtype), sizes)
+
+  return _route(x, experts, scores, len(down), apply)
 
 
 def _route(x, experts, scores, num_experts: int, apply):
@@ -203,7 +211,7 @@ def _route_on_mesh(context: MeshContext, x, experts, scores, gate_up, down):
 
     def apply(rows, sizes):
       if exchange is None:
-        return apply_experts(rows, sizes, *weights, transposed=True)
+        return apply_experts(rows, sizes, *weights)
       return exchange_and_apply(exchange, rows, sizes, *weights)
 
     return sum_over(context, _route(x, experts, scores, num_experts, apply), "ffn")
