@@ -139,6 +139,8 @@ def run_all(jobs: dict[str, dict], minutes: float, environment: dict[str, str]) 
   for name, job in jobs.items():
     in_time = time.monotonic() - start < 60 * minutes
     run = run_job(job, environment) if in_time else {"failed": "time is up"}
+    if not all(map(math.isfinite, run.get("losses", ()))):
+      run = {"failed": f"its losses are {run['losses']}"}
     said = f"failed: {run['failed']}" if "failed" in run else f"{run['rate']:,.0f} a second"
     if "losses" in run:
       said += f", losses {run['losses'][0]:.5f} to {run['losses'][-1]:.5f}"

@@ -106,7 +106,7 @@ def estimate_case(name: str, topology: str, settings: str) -> dict[str, int]:
   from maxllama4.planning.estimate import estimate
 
   config, described = run_of(name, topology, settings)
-  return estimate(config, described, config.mesh.resolve(described.devices)).hbm_bytes
+  return estimate(config, config.mesh.resolve(described.devices)).hbm_bytes
 
 
 def compile_case(name: str, topology: str, settings: str) -> dict:

@@ -24,11 +24,6 @@ class Chip:
   dcn_bytes_per_second: float  # out of a slice, a chip's share of its host's cards
   dollars_per_hour: float  # about, on demand in the United States
 
-  @property
-  def ici_bytes_per_second(self) -> float:
-    """Out of a chip over all its links."""
-    return 2 * self.torus_dims * self.link_bytes_per_second
-
 
 CHIPS = {
   chip.name: chip

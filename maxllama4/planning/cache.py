@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import zlib
 from typing import Any
 
 import maxllama4
@@ -17,7 +18,7 @@ from maxllama4.files import write_whole
 from maxllama4.planning.compile import Compiled, libtpu_version
 from maxllama4.planning.hlo import Collective, Summary
 
-# Sections of a configuration that no program depends on.
+# Sections of a configuration that no program depends on; but for whether rows of the data are whole.
 _ELSEWHERE = (
   "data",
   "checkpoint",
@@ -27,6 +28,8 @@ _ELSEWHERE = (
   "run_dir",
   "compilation_cache",
 )
+# What reading a damaged file can raise.
+_BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, zlib.error)
 
 
 def default_folder() -> pathlib.Path:
@@ -47,12 +50,12 @@ class Cache:
       values = json.loads((self._folder / f"{key}.json").read_text(encoding="utf-8"))
       text = gzip.decompress((self._folder / f"{key}.hlo.gz").read_bytes()).decode()
       return {name: _compiled(program) for name, program in values.items()}, text
-    except (OSError, ValueError, TypeError, KeyError, EOFError):
+    except _BROKEN:
       return None
 
   def last_seconds(self) -> float | None:
     """How long the newest compilation took; None where there is none."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(*_BROKEN):
       newest = max(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
       programs = json.loads(newest.read_text(encoding="utf-8")).values()
       return sum(program["seconds"] for program in programs)
@@ -75,7 +78,8 @@ def key_of(config: Config, *rest: Any) -> str:
     importlib.metadata.version("flax"),
     libtpu_version(),
   ]
-  parts = json.dumps([settings, rest, versions, source_hash()], sort_keys=True, default=str)
+  depends_on = [settings, config.data.whole_rows, rest, versions, source_hash()]
+  parts = json.dumps(depends_on, sort_keys=True, default=str)
   return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 

@@ -26,7 +26,7 @@ from maxllama4.planning.chips import Topology, is_ring
 from maxllama4.planning.hlo import Summary, summarize
 from maxllama4.sharding import MeshContext, use_mesh
 from maxllama4.training.optimizer import learning_rate_schedule, make_optimizer
-from maxllama4.training.state import abstract_state
+from maxllama4.training.state import HOST_MEMORY, abstract_state
 from maxllama4.training.step import lower_train_step
 from maxllama4.xla_flags import compiler_options
 
@@ -61,8 +61,11 @@ class Compiled:
     str, int
   ]  # of the arguments, as they are sharded: parameters, optimizer; or parameters, caches
   summary: Summary | None
-  cost: dict[str, float]  # the compiler's own sums, every loop counted once: flops, bytes accessed
   seconds: float
+
+
+class CompilerError(RuntimeError):
+  """The TPU compiler gave up, for another reason than too little memory."""
 
 
 def libtpu_version() -> str:
@@ -102,7 +105,7 @@ def compile_train_step(config: Config, topology: Topology) -> tuple[Compiled, st
   optimizer = make_optimizer(config.optimizer, config.training.steps, template)
   schedule = learning_rate_schedule(config.optimizer, config.training.steps)
   with use_mesh(mesh, config.mesh) as context:
-    state = abstract_state(template, optimizer, context)
+    state = abstract_state(template, optimizer, context, config.optimizer.state_memory)
 
     def lower() -> jax.stages.Lowered:
       return lower_train_step(config, template, optimizer, schedule, state, context)
@@ -116,12 +119,11 @@ def compile_decoding(
 ) -> tuple[dict[str, Compiled], str]:
   """Prefill of `rows` prompts of `prompt` tokens, and one decoding step with caches of `length`; the step's HLO.
 
-  Weights lie in the activations' dtype, as `load_model` leaves them.
+  Weights are stored in `param_dtype`, as a checkpoint of this configuration holds them.
   """
   mesh = build_mesh(config, described_devices(topology))
-  model = dataclasses.replace(config.model, param_dtype=config.model.dtype)
-  template = ModelTemplate(model)
-  start, advance = decoding_functions(model, Sampling(temperature=0.0, top_k=0, top_p=1.0), ())
+  template, sampling = ModelTemplate(config.model), Sampling(temperature=0.0, top_k=0, top_p=1.0)
+  start, advance = decoding_functions(config.model, sampling, ())
   with use_mesh(mesh, config.mesh) as context:
     shardings = template.shardings(context)
     weights = {
@@ -175,7 +177,6 @@ def _compile(
     return _overflow(str(error), state_bytes, seconds), ""
   stats = compiled.memory_analysis()
   text = _text_of(compiled, lowered, options)
-  costs = compiled.cost_analysis() or {}
   found = Compiled(
     fits=True,
     peak_hbm_bytes=stats.peak_memory_in_bytes,
@@ -183,25 +184,25 @@ def _compile(
     host_bytes=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
     state_bytes=state_bytes,
     summary=summarize(text, context.mesh),
-    cost={name: costs[name] for name in ("flops", "bytes accessed") if name in costs},
     seconds=time.perf_counter() - start,
   )
   return found, text
 
 
 def sharded_bytes(tree) -> int:
-  """Bytes of the arrays of `tree` on one device."""
+  """Bytes of the arrays of `tree` in the memory of one device, without those that its host keeps."""
   return sum(
     int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
+    if leaf.sharding.memory_kind != HOST_MEMORY
   )
 
 
 def _overflow(message: str, state_bytes: dict[str, int], seconds: float) -> Compiled:
-  """What is known of a program that does not fit. Raises: RuntimeError when that is not why it failed to compile."""
+  """What is known of a program that does not fit. Raises: CompilerError when that is not why it failed to compile."""
   found = next((m for m in (re.search(p, message) for p in _OVERFLOWS) if m), None)
   if found is None or "RESOURCE_EXHAUSTED" not in message:
-    raise RuntimeError(f"the TPU compiler failed: {message}")
+    raise CompilerError(f"the TPU compiler failed: {message}")
   arguments, sizes = sum(state_bytes.values()), found.groupdict()
   if "temporaries" in sizes:
     temporaries = _bytes(sizes["temporaries"])
@@ -214,7 +215,6 @@ def _overflow(message: str, state_bytes: dict[str, int], seconds: float) -> Comp
     host_bytes=0,
     state_bytes=state_bytes,
     summary=None,
-    cost={},
     seconds=seconds,
   )
 

@@ -18,7 +18,6 @@ from maxllama4.config import EMBED_AXES, Config, LayerKind, ModelConfig, Optimiz
 from maxllama4.model.dispatch import SLACK, WIDE
 from maxllama4.model.llama4 import train_flops_per_token
 from maxllama4.model.weights import ModelTemplate, is_stacked
-from maxllama4.planning.chips import Topology
 from maxllama4.planning.hlo import Collective
 from maxllama4.planning.step_time import Work
 from maxllama4.training.optimizer import make_optimizer
@@ -33,6 +32,7 @@ class Estimate:
 
   hbm_bytes: dict[str, int]  # parameters, optimizer, gradients, activations, scratch: at the peak
   host_bytes: int
+  host_traffic_bytes: float  # to the host and back
   useful_flops: float
   executed_flops: float
   grouped_flops: float  # of the executed: products of routed experts
@@ -51,7 +51,7 @@ class Estimate:
       grouped_flops=self.grouped_flops,
       attention_flops=self.attention_flops,
       hbm_traffic_bytes=self.hbm_traffic_bytes,
-      host_traffic_bytes=2 * self.host_bytes,
+      host_traffic_bytes=self.host_traffic_bytes,
       collectives=self.collectives,
       links=links,
     )
@@ -199,18 +199,19 @@ def peak_hbm_bytes(config: Config, sizes: Mapping[str, int]) -> int:
   return sum(_memory(share, structure_of(config.model, config.training.frozen))[0].values())
 
 
-def estimate(config: Config, topology: Topology, sizes: Mapping[str, int]) -> Estimate:
-  """The step of `config` on a mesh of whole axes `sizes` over `topology`."""
-  del topology  # what is done does not depend on where; only its time does
+def estimate(config: Config, sizes: Mapping[str, int]) -> Estimate:
+  """The step of `config` on a mesh of whole axes `sizes`; what is done does not depend on the chip, only its time does."""
   share = Share(config, sizes)
   structure = structure_of(config.model, config.training.frozen)
   flops = _flops(share)
   tokens = config.training.batch_size * config.training.sequence_length
   useful = train_flops_per_token(config.model, config.training.sequence_length) * tokens
   hbm, host = _memory(share, structure)
+  moments, inputs = host["moments"], host["inputs"]
   return Estimate(
     hbm_bytes=hbm,
-    host_bytes=host,
+    host_bytes=round(moments + inputs),
+    host_traffic_bytes=2 * (moments + share.microbatches * inputs),
     useful_flops=useful / math.prod(sizes.values()),
     executed_flops=sum(flops.values()),
     grouped_flops=flops["grouped"],
@@ -316,8 +317,9 @@ def _traffic(share: Share, structure: Structure) -> float:
 # Memory
 
 
-def _memory(share: Share, structure: Structure) -> tuple[dict[str, int], int]:
-  """Bytes at the peak, of the loss, the backward pass through the layers or the update; and bytes on the host."""
+def _memory(share: Share, structure: Structure) -> tuple[dict[str, int], dict[str, float]]:
+  """Bytes at the peak, of the loss, the backward pass through the layers or the update; and bytes on the host: the
+  optimizer's moments, and the inputs of the layers for a microbatch."""
   arrays = structure.arrays
   parameters = sum(share.stored(array) * array.itemsize for array in arrays)
   state = optimizer_arrays(share.model, share.training.frozen, share.config.optimizer)
@@ -329,12 +331,12 @@ def _memory(share: Share, structure: Structure) -> tuple[dict[str, int], int]:
   layers = (array for group in structure.layers for array in group.arrays if array.is_trained)
   cast = sum(share.stored(a) * share.itemsize for a in layers if share.itemsize < a.itemsize)
   kept = sum(group.count * _kept_by_layer(share, group) for group in structure.layers)
-  host, waiting = 0.0, optimizer
+  host, waiting = {"moments": 0.0, "inputs": 0.0}, optimizer
   if share.config.optimizer.state_memory == "host":
-    host, waiting = float(optimizer), 0
+    host["moments"], waiting = optimizer, 0
   if share.training.remat == "offload":
     # Two layers' inputs are on the device: the one in use, and the one on its way.
-    host, kept = host + kept, 2 * kept / share.model.num_hidden_layers
+    host["inputs"], kept = kept, 2 * kept / share.model.num_hidden_layers
   layer = max(_layer_bytes(share, group) for group in structure.layers)
   names = ("parameters", "optimizer", "gradients", "activations", "scratch")
   phases = [
@@ -343,7 +345,7 @@ def _memory(share: Share, structure: Structure) -> tuple[dict[str, int], int]:
     (parameters, optimizer, sums or gradients, 0, 0),  # the update
   ]
   peak = (round(bytes_) for bytes_ in max(phases, key=sum))
-  return dict(zip(names, peak, strict=True)), round(host)
+  return dict(zip(names, peak, strict=True)), host
 
 
 def _kept_by_layer(share: Share, group: Layers) -> float:

@@ -25,10 +25,9 @@ from maxllama4.planning.estimate import Estimate, estimate
 from maxllama4.planning.hlo import Collective
 from maxllama4.planning.progress import waiting
 from maxllama4.planning.search import search, write_config
-from maxllama4.planning.step_time import StepTime, Work, links_of, predict
+from maxllama4.planning.step_time import HBM_FRACTION, StepTime, Work, links_of, predict
 from maxllama4.settings import not_empty, one_of
 
-HBM_FRACTION = 0.8  # of the memory's rate that decoding reaches
 PARTS = ("parameters", "optimizer", "gradients", "activations", "scratch")
 
 
@@ -45,7 +44,7 @@ class PlanRequest:
   output: str = "text"  # or json
   hlo: str | None = None  # a file for the optimised HLO of the step
   tokens: float | None = None  # cost and days of a training on so many
-  price_per_chip_hour: float | None = None  # dollars; null: the list price on demand
+  price_per_chip_hour: float | None = None  # dollars; null: the round figure of the chip
   batch: int = 8  # decode: rows
   prompt_length: int = 1024  # decode: tokens of each prompt
   max_length: int = 2048  # decode: tokens of prompt and answer
@@ -89,7 +88,18 @@ def split_request(words: Sequence[str]) -> tuple[PlanRequest, list[str]]:
       rest.append(word)
   if "topology" not in asked:
     raise ConfigError("name the machine: topology=CHIP:SHAPE, such as topology=v5p:4x4x4.")
-  return config_from_section(PlanRequest, asked, ""), rest
+  request = config_from_section(PlanRequest, asked, "")
+  for names, needed, is_met in (
+    (("save", "best"), "search=true", request.search),
+    (("batch", "prompt_length", "max_length"), "target=decode", request.target == "decode"),
+    (("tokens",), "target=train", request.target == "train"),
+  ):
+    for name in names:
+      require(
+        name not in asked or is_met,
+        f"{name}={asked.get(name)} means something with {needed} alone; say that, or leave out {name}=.",
+      )
+  return request, rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +193,7 @@ class Planner:
     topology, chip = self.topology, self.topology.chip
     sizes = self._sizes(config)
     check_mesh_divides(config, sizes)
-    guess = estimate(config, topology, sizes)
+    guess = estimate(config, sizes)
 
     def compile_step() -> tuple[dict[str, Compiled], str]:
       step, text = compile_train_step(config, topology)
@@ -192,7 +202,8 @@ class Planner:
     programs = self._compiled(config, ("train",), compile_step)
     step, devices = programs["step"], chip.devices
     links = links_of(topology, config.mesh, sizes)
-    time = predict(chip, work_of(step, links) if step.fits else guess.work(links))
+    work = work_of(step, links, guess.host_traffic_bytes) if step.fits else guess.work(links)
+    time = predict(chip, work)
     tokens = config.training.batch_size * config.training.sequence_length
     per_token = train_flops_per_token(config.model, config.training.sequence_length)
     summary = step.summary
@@ -221,6 +232,9 @@ class Planner:
     sizes = self._sizes(config)
     check_decoding(config, request, sizes)
     rows, prompt, length = request.batch, request.prompt_length, request.max_length
+    # The mesh is checked for these rows, not for those of a training.
+    training = dataclasses.replace(config.training, batch_size=rows, gradient_accumulation=1)
+    config = dataclasses.replace(config, training=training)
 
     def compile_both() -> tuple[dict[str, Compiled], str]:
       return compile_decoding(config, topology, rows, prompt, length)
@@ -290,8 +304,8 @@ def per_chip(collectives: Sequence[Collective], devices: int) -> tuple[Collectiv
   return tuple(dataclasses.replace(c, bytes=c.bytes * devices) for c in collectives)
 
 
-def work_of(program: Compiled, links: dict[str, float]) -> Work:
-  """What the step-time model is told of a compiled program."""
+def work_of(program: Compiled, links: dict[str, float], host_traffic_bytes: float = 0.0) -> Work:
+  """What the step-time model is told of a compiled program; what goes to the host and back is known by arithmetic."""
   summary = program.summary
   return Work(
     executed_flops=summary.executed_flops,
@@ -299,7 +313,7 @@ def work_of(program: Compiled, links: dict[str, float]) -> Work:
     attention_flops=summary.attention_flops,
     estimated_cycles=summary.estimated_cycles,
     hbm_traffic_bytes=summary.hbm_traffic_bytes,
-    host_traffic_bytes=2 * program.host_bytes,
+    host_traffic_bytes=host_traffic_bytes,
     collectives=summary.collectives,
     links=links,
   )
@@ -397,6 +411,10 @@ def make_plan(path: str, words: Sequence[str]) -> Answer:
   request, overrides = split_request(words)
   for name in ("hlo", "save"):
     check_place(name, getattr(request, name))
+  require(
+    request.cache is None or pathlib.Path(request.cache).is_dir(),
+    f"cache={request.cache} is no folder; make it, or leave out cache=.",
+  )
   planner = Planner(request)
   config = load_config(path, overrides)
   if request.search:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import yaml
@@ -16,6 +17,7 @@ from maxllama4.config import (
   require,
 )
 from maxllama4.planning.chips import Topology
+from maxllama4.planning.compile import CompilerError
 from maxllama4.planning.estimate import Estimate, estimate, peak_hbm_bytes
 from maxllama4.planning.step_time import StepTime, links_of, predict
 
@@ -81,7 +83,7 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
   found = []
   for variant, sizes in variants(config, topology):
     if peak_hbm_bytes(variant, sizes) <= limit:
-      cost = estimate(variant, topology, sizes)
+      cost = estimate(variant, sizes)
       step_time = predict(chip, cost.work(links_of(topology, variant.mesh, sizes)))
       found.append(Candidate(variant, sizes, cost, step_time))
   return sorted(found, key=lambda c: (c.seconds_per_token, c.estimate.peak_hbm_bytes))
@@ -137,9 +139,10 @@ def search(
   compile_best: Callable[[Config], Compiled],
   best: int = 3,
 ) -> list[Found]:
-  """The `best` candidates by arithmetic, compiled by `compile_best` and ranked by what that predicts; misfits last.
+  """The candidates that are fastest by arithmetic, compiled by `compile_best` until `best` of them fit, at most twice as
+  many; ranked by what that predicts, misfits last. What the compiler gives up on is said and left out.
 
-  Raises: ConfigError when no candidate fits.
+  Raises: ConfigError when no candidate fits, by arithmetic or by the compiler.
   """
   ranked = candidates(config, topology)
   chip = topology.chip
@@ -150,16 +153,29 @@ def search(
     f" {chip.hbm_bytes / chip.devices / 1e9:.0f} GB each in no mesh, remat policy or number of microbatches; take more"
     " chips, or fewer or shorter rows.",
   )
-  found = [Found(candidate, compile_best(candidate.config)) for candidate in ranked[:best]]
+  found, fitting = [], 0
+  for candidate in ranked[: 2 * best]:
+    try:
+      found.append(Found(candidate, compile_best(candidate.config)))
+    except CompilerError as error:
+      print(f"left out: {candidate.description}: {error}", file=sys.stderr)
+      continue
+    fitting += found[-1].compiled.fits
+    if fitting == best:
+      break
+  require(
+    fitting > 0,
+    f"of the {len(ranked[: 2 * best])} candidates that are fastest by arithmetic, the compiler fits none into"
+    f" {chip.hbm_bytes / chip.devices / 1e9:.0f} GB; take more chips, fewer or shorter rows, or a larger best=.",
+  )
   return sorted(found, key=lambda f: (not f.compiled.fits, f.compiled.seconds))
 
 
-def write_config(
-  path: str | pathlib.Path, found: Found, topology: Topology, notes: Sequence[str] = ()
-) -> None:
-  """Writes a complete run for `train.py`; its head says what was searched, what it is for and what is predicted."""
-  candidate, chip = found.candidate, topology.chip
-  config, path = candidate.config, pathlib.Path(path)
+def write_config(path: str | pathlib.Path, found: Found, topology: Topology) -> None:
+  """Writes a complete run for `train.py`, with a folder of its own under `runs/`; its head says what was searched, what it
+  is for and what is predicted."""
+  candidate, chip, path = found.candidate, topology.chip, pathlib.Path(path)
+  config = dataclasses.replace(candidate.config, run_dir=f"runs/{path.stem}")
   tokens = config.training.batch_size * config.training.sequence_length
   seconds = found.compiled.seconds
   chips = topology.chips
@@ -174,7 +190,6 @@ def write_config(
     f"  memory:     {found.compiled.peak_hbm_bytes / 1e9:.1f} of {chip.hbm_bytes / 1e9:.1f} GB a chip, by the compiler",
     f"  prediction: {seconds:.2f} s a step of {tokens:,} tokens, {tokens / seconds / chips:,.0f} tokens/s/chip, MFU"
     f" {100 * utilization:.1f} %; not yet measured",
-    *(f"  {note}" for note in notes),
   ]
   body = yaml.safe_dump(config_to_dict(config), sort_keys=False, width=120)
   path.write_text("".join(f"# {line}\n" for line in head) + body, encoding="utf-8")

@@ -66,4 +66,4 @@ def test_every_chip_has_its_options_and_plausible_rates():
   assert set(PRESETS) == set(CHIPS)
   for chip in CHIPS.values():
     assert 100e12 < chip.peak_flops < 1e16 and chip.dcn_bytes_per_second > 1e9
-    assert chip.dcn_bytes_per_second < chip.ici_bytes_per_second < chip.hbm_bytes_per_second
+    assert chip.dcn_bytes_per_second < chip.link_bytes_per_second < chip.hbm_bytes_per_second

@@ -13,7 +13,13 @@ from maxllama4.chips import CHIPS
 from maxllama4.config import ConfigError, MeshConfig
 from maxllama4.planning import compile as planning_compile
 from maxllama4.planning.chips import parse_topology
-from maxllama4.planning.compile import _overflow, _text_of, compile_train_step, described_devices
+from maxllama4.planning.compile import (
+  CompilerError,
+  _overflow,
+  _text_of,
+  compile_train_step,
+  described_devices,
+)
 from maxllama4.sharding import MeshContext
 from maxllama4.training.footprint import bytes_per_device
 from maxllama4.xla_flags import PRESETS
@@ -48,6 +54,20 @@ def test_the_state_is_given_away_and_counted_as_it_is_sharded(step, config):
   # Small arrays take more than they hold: tiles are padded. What comes out is written over them.
   assert compiled.peak_hbm_bytes > compiled.arguments_bytes >= sum(compiled.state_bytes.values())
   assert "may-alias" in text.partition("\n")[0]
+
+
+def test_moments_on_the_host_take_no_memory_of_the_chip(step, config):
+  optimizer = dataclasses.replace(config.optimizer, state_memory="host")
+  compiled, text = compile_train_step(
+    dataclasses.replace(config, optimizer=optimizer), parse_topology("v5p:2x2x1")
+  )
+  assert (
+    "S(5)" in text.partition("\n")[0]
+  )  # the host's memory, where the program takes its arguments from
+  moments = bytes_per_device(config)["optimizer_bytes"]
+  assert compiled.host_bytes >= 0.99 * moments
+  assert compiled.state_bytes["optimizer"] < 0.01 * moments
+  assert compiled.arguments_bytes < step[0].arguments_bytes - 0.9 * moments
 
 
 def small_program(topology: str, rows: int):
@@ -85,7 +105,7 @@ def test_overflows_are_read_in_both_of_the_compilers_wordings(message, peak):
 
 
 def test_another_failure_of_the_compiler_is_no_overflow():
-  with pytest.raises(RuntimeError, match="compiler failed: INTERNAL: Mosaic"):
+  with pytest.raises(CompilerError, match="compiler failed: INTERNAL: Mosaic"):
     _overflow("INTERNAL: Mosaic failed", {"parameters": 1}, 1.0)
 
 

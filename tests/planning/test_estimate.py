@@ -1,11 +1,13 @@
 """Arithmetic on a step: against the shards of the state itself, and against what a mesh must exchange."""
 
 import dataclasses
+import json
 import math
 
 import jax
 import pytest
 
+from benchmarks.plan_estimates import CASES, HELD_OUT, RESULTS, estimate_case
 from maxllama4.config import MESH_AXES, MeshConfig, OptimizerConfig, load_config
 from maxllama4.mesh import build_mesh
 from maxllama4.model.llama4 import count_parameters
@@ -21,7 +23,7 @@ V5P = parse_topology("v5p:2x2x2")
 
 
 def estimate_of(config, topology=V5P):
-  return estimate(config, topology, config.mesh.resolve(topology.devices))
+  return estimate(config, config.mesh.resolve(topology.devices))
 
 
 def scout(*settings, topology="v5p:4x4x4"):
@@ -118,7 +120,7 @@ def test_expert_parallelism_leaves_experts_where_they_are():
 def test_slices_exchange_what_each_chip_has_left():
   settings = ("mesh.dcn_data=2", "training.batch_size=128")
   config = load_config("configs/llama4_scout.yml", settings)
-  cost = estimate(config, parse_topology("v5p:4x4x4", 2), config.mesh.resolve(128))
+  cost = estimate(config, config.mesh.resolve(128))
   parameters = count_parameters(config.model)[0]
   across = sum(c.bytes for c in cost.collectives if c.dcn)
   assert across == pytest.approx(2 * parameters / 64, rel=0.01)  # all-reduce of bfloat16 shards
@@ -153,6 +155,12 @@ def test_what_is_offloaded_leaves_the_device_for_the_host():
   full, offloaded = scout(), scout("training.remat=offload")
   assert offloaded.host_bytes == full.hbm_bytes["activations"] == 48 * 8192 * 5120 * 2
   assert offloaded.hbm_bytes["activations"] < full.hbm_bytes["activations"] / 20
+  # What is kept is a microbatch's, and travels with each.
+  smaller = scout(
+    "training.remat=offload", "training.batch_size=256", "training.gradient_accumulation=4"
+  )
+  assert smaller.host_bytes == offloaded.host_bytes
+  assert smaller.host_traffic_bytes == 4 * offloaded.host_traffic_bytes == 8 * offloaded.host_bytes
   state = scout("optimizer.state_memory=host")
   assert state.host_bytes == full.hbm_bytes["optimizer"]
   assert state.peak_hbm_bytes < full.peak_hbm_bytes
@@ -180,3 +188,11 @@ def test_every_mesh_does_the_same_work_in_all():
     works.append((dense + grouped, cost.useful_flops))
   # The router is not split by `tensor`.
   assert works[0] == pytest.approx(works[2]) and works[1] == pytest.approx(works[0], rel=0.05)
+
+
+@pytest.mark.parametrize("name", [*CASES, *HELD_OUT])
+def test_memory_is_within_a_tenth_of_what_the_compiler_said(name):
+  entry = json.loads((RESULTS / "plan_estimates.json").read_text())[name]
+  _, topology, settings = case = {**CASES, **HELD_OUT}[name]
+  assert (entry["topology"], entry["settings"]) == (topology, settings)  # it is of this very run
+  assert sum(estimate_case(*case).values()) == pytest.approx(entry["compiler_peak_bytes"], rel=0.1)

@@ -32,7 +32,7 @@ def compiled(fits: bool = True, temporary: int = 20 * 10**9, **state: int) -> Co
     (gather,), 8e14, 1e14, 1e14, 4 * 10**9, {"matmul": 4 * 10**9}, 10**12, 0, (), ()
   )
   size = sum(state.values())
-  return Compiled(fits, size + temporary, size, 0, state, summary if fits else None, {}, 100.0)
+  return Compiled(fits, size + temporary, size, 0, state, summary if fits else None, 100.0)
 
 
 @pytest.fixture
@@ -139,17 +139,27 @@ def test_a_compilation_is_done_once(desk):
   assert desk.calls == 3
 
 
-def test_a_cache_that_is_broken_or_cannot_be_written_counts_for_nothing(desk, tmp_path):
+def test_rows_that_are_not_whole_are_another_program(desk):
+  desk.plan(V5P)
+  desk.plan(V5P, "data.source=text", "data.paths=[x]")
+  assert desk.calls == 2  # a chunk of keys more travels along a context axis
+
+
+def test_a_cache_that_is_damaged_counts_for_nothing(desk, tmp_path):
   first = desk.plan(V5P)
-  for path in (tmp_path / "cache").rglob("*.json"):
-    path.write_text('{"step": {}}')
-  assert desk.plan(V5P) == first and desk.calls == 2
-  (tmp_path / "file").touch()
-  assert desk.plan(V5P, "cache=file") == first
+  (program,) = (tmp_path / "cache").rglob("*.gz")
+  (values,) = (tmp_path / "cache").rglob("*.json")
+  whole = program.read_bytes()
+  damages = [(program, whole[:-9]), (program, whole[:12] + b"\xff" * 9), (program, b"no gzip")]
+  damages += [(values, content) for content in (b"[]", b'{"step": {}}', b"")]
+  for path, content in damages:
+    path.write_bytes(content)
+    calls = desk.calls
+    assert desk.plan(V5P) == first and desk.calls == calls + 1
 
 
-def test_decoding_is_planned_with_its_caches(desk):
-  words = (V5P, "target=decode", "batch=128")
+def test_decoding_is_planned_with_its_caches_for_rows_of_its_own(desk):
+  words = ("topology=v5p:4x4x8", "target=decode", "batch=128")  # which 64 rows do not divide
   found = json.loads(desk.plan(*words, "output=json"))
   assert found["target"] == "decode" and found["cache_bytes"] == 2 * 10**9
   assert found["hbm_bytes"]["parameters"] == 10**9 and found["prefill_seconds"] > 0
@@ -169,6 +179,11 @@ def test_decoding_is_planned_with_its_caches(desk):
     ((V5P, "tokens=-1"), "tokens=-1.0 must be greater than 0"),
     ((V5P, "search=maybe"), "search='maybe' must be true or false"),
     ((V5P, "search=true", "target=decode"), "search=true finds meshes to train with"),
+    ((V5P, "save=best.yml"), "save=best.yml means something with search=true alone"),
+    ((V5P, "best=2"), "best=2 means something with search=true alone"),
+    ((V5P, "batch=16"), "batch=16 means something with target=decode alone"),
+    ((V5P, "target=decode", "batch=64", "tokens=1e9"), "tokens=1e9 means something with target=train alone"),
+    ((V5P, "cache=run.yml"), "cache=run.yml is no folder"),
     ((V5P, "hlo=nowhere/a.txt"), "hlo=nowhere/a.txt is no place for a file"),
     ((V5P, "mesh.fsdp=32"), "cannot be laid over 64 devices"),
     ((V5P, "training.batch_size=60"), "=60 cannot be split evenly into 64 parts"),
@@ -190,5 +205,5 @@ def test_a_search_compiles_the_best_few_and_writes_the_winner(desk):
   seconds = [candidate["step_seconds"] for candidate in found["candidates"]]
   assert seconds == sorted(seconds) and found["step_seconds"] == seconds[0]
   winner = load_config("best.yml", [])
-  assert winner.mesh.resolve(64) == found["mesh"]
+  assert winner.mesh.resolve(64) == found["mesh"] and winner.run_dir == "runs/best"
   assert found["candidates"][0]["description"] in desk.plan(*words)

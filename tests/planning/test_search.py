@@ -7,6 +7,7 @@ import pytest
 
 from maxllama4.config import ConfigError, check_mesh_divides, load_config
 from maxllama4.planning.chips import parse_topology
+from maxllama4.planning.compile import CompilerError
 from maxllama4.planning.estimate import estimate
 from maxllama4.planning.search import (
   MEMORY_MARGIN,
@@ -68,7 +69,7 @@ def test_candidates_differ_in_nothing_but_mesh_remat_and_microbatches(run, ranke
 
 def test_the_best_is_no_slower_than_the_given_mesh(run, ranked):
   sizes = run.mesh.resolve(8)
-  given = predict(V5P.chip, estimate(run, V5P, sizes).work(links_of(V5P, run.mesh, sizes)))
+  given = predict(V5P.chip, estimate(run, sizes).work(links_of(V5P, run.mesh, sizes)))
   assert ranked[0].step_time.seconds <= given.seconds
   times = [candidate.seconds_per_token for candidate in ranked]
   assert times == sorted(times)
@@ -100,24 +101,34 @@ def test_a_model_that_fits_nowhere_is_refused():
     search(config, parse_topology("v5p:2x2x1"), lambda config: Outcome(1.0))
 
 
-def test_the_compiler_has_the_last_word(run, ranked):
-  outcomes = iter([Outcome(2.0, fits=False), Outcome(3.0), Outcome(1.0)])
+def test_the_compiler_has_the_last_word(run, ranked, capsys):
+  outcomes = iter([Outcome(2.0, fits=False), Outcome(3.0), None, Outcome(1.0), Outcome(0.5)])
   compiled = []
 
   def compile_best(config):
     compiled.append(config)
-    return next(outcomes)
+    outcome = next(outcomes)
+    if outcome is None:
+      raise CompilerError("the TPU compiler failed: INTERNAL")
+    return outcome
 
-  found = search(run, V5P, compile_best, best=3)
-  assert compiled == [candidate.config for candidate in ranked[:3]]
+  found = search(run, V5P, compile_best, best=2)
+  assert compiled == [candidate.config for candidate in ranked[:4]]
   assert [f.compiled.seconds for f in found] == [1.0, 3.0, 2.0]  # what does not fit comes last
+  assert f"left out: {ranked[2].description}: the TPU compiler failed" in capsys.readouterr().err
+
+
+def test_a_search_whose_candidates_do_not_fit_has_no_winner(run):
+  with pytest.raises(
+    ConfigError, match=r"of the 4 candidates .* the compiler fits none into 103 GB"
+  ):
+    search(run, V5P, lambda config: Outcome(1.0, fits=False), best=2)
 
 
 def test_the_winner_is_written_as_a_complete_run(run, tmp_path):
   found = search(run, V5P, lambda config: Outcome(0.5), best=1)[0]
   path = tmp_path / "winner.yml"
-  write_config(path, found, V5P, notes=["compiled:   yes"])
-  assert load_config(path) == found.candidate.config
+  write_config(path, found, V5P)
+  assert load_config(path) == dataclasses.replace(found.candidate.config, run_dir="runs/winner")
   head = [line for line in path.read_text().splitlines() if line.startswith("#")]
   assert any(line.startswith("#   command:    python train.py") for line in head)
-  assert head[-1] == "#   compiled:   yes"
