@@ -115,13 +115,15 @@ MESHES = {
   ),
 }
 
-pytestmark = [
-  pytest.mark.slow,  # a minute of one core for each mesh
-  pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu, which compiles for TPUs, is not there",
-  ),
-]
+pytestmark = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="libtpu, which compiles for TPUs, is not there",
+)
+
+
+def each(*names):
+  """Meshes as parameters; a minute of one core for each, so all but `fsdp` are slow."""
+  return [pytest.param(name, marks=[pytest.mark.slow] * (name != "fsdp")) for name in names]
 
 
 @functools.cache
@@ -143,14 +145,14 @@ def sent(name, dtype="bf16"):
   return {key: size for key, size in found.items() if size > SMALL}
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", each(*MESHES))
 def test_a_step_sends_what_its_mesh_needs_and_nothing_else(name):
   assert sent(name) == pytest.approx(MESHES[name][1], rel=0.01)
   others = {c.dtype for c in compiled(name).summary.collectives} - {"bf16"}
   assert sum(sum(sent(name, dtype).values()) for dtype in others) == 0
 
 
-@pytest.mark.parametrize("name", ["fsdp", "context", "expert", "fsdp and context"])
+@pytest.mark.parametrize("name", each("fsdp", "context", "expert", "fsdp and context"))
 def test_weights_and_moments_are_split_alike(name):
   state = 12 / 8 * (WEIGHTS + TABLE) / 2  # a weight and two moments in float32
   assert state <= compiled(name).arguments_bytes <= 1.02 * state
