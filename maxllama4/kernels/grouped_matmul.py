@@ -9,6 +9,7 @@ import functools
 import importlib.util
 
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -50,7 +51,17 @@ def automatic(platform: str, shape: tuple[int, int, int]) -> str:
   """The kind that `auto` stands for, for matrices [E, D, F] of `shape`; reasons in docs/decisions/0009."""
   if platform == "tpu":
     return "megablox" if all(size % LANES == 0 for size in shape[1:]) else "ragged_dot"
-  return "tokamax" if platform == "cuda" and has_tokamax() else "blockwise"
+  # Traced where there is no such GPU, be it for a branch that is never taken, tokamax raises.
+  is_met = platform == "cuda" and has_tokamax() and this_platform() == "cuda"
+  return "tokamax" if is_met else "blockwise"
+
+
+def this_platform() -> str:
+  """What this process runs on, in the words of `jax.lax.platform_dependent`: cpu, tpu, cuda or rocm."""
+  backend = jax.extend.backend.get_backend()
+  if backend.platform != "gpu":
+    return backend.platform
+  return "rocm" if "rocm" in backend.platform_version else "cuda"
 
 
 def has_tokamax() -> bool:

@@ -14,7 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from maxllama4.config import ModelConfig, require
 from maxllama4.kernels.choice import Choice, current_choice, use_kernels
-from maxllama4.kernels.grouped_matmul import PLATFORMS, automatic, grouped_matmul, has_tokamax
+from maxllama4.kernels.grouped_matmul import (
+  PLATFORMS,
+  automatic,
+  grouped_matmul,
+  has_tokamax,
+  this_platform,
+)
 from maxllama4.model.dispatch import WIDE, Exchange, apply_experts, exchange_and_apply
 from maxllama4.model.mlp import GatedMLP
 from maxllama4.sharding import (
@@ -247,7 +253,7 @@ def expert_kernels(config: ModelConfig, choice: Choice) -> dict[str, str]:
   shape = (config.num_local_experts, config.hidden_size, features)
   product = choice.grouped_matmul
   if product == "auto":
-    product = automatic("cuda" if platform == "gpu" else platform, shape)
+    product = automatic(this_platform() if platform == "gpu" else platform, shape)
   return {"grouped_matmul": product} | ({"experts_dispatch": exchange.kind} if exchange else {})
 
 

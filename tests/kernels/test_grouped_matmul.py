@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxllama4.kernels import grouped_matmul as kernels
 from maxllama4.kernels.grouped_matmul import automatic, grouped_matmul
 from maxllama4.kernels.megablox import LANES, TILE_BYTES, megablox, product_tiles, row_tile
 
@@ -155,6 +156,20 @@ def test_what_is_taken_where_nothing_is_said():
   assert automatic("tpu", (16, 5120, 16384)) == "megablox"
   assert automatic("tpu", (4, 16, 8)) == "ragged_dot"  # smaller than the tiles of a kernel
   assert {automatic(platform, (16, 5120, 16384)) for platform in ("cpu", "rocm")} == {"blockwise"}
+
+
+def test_tokamax_is_not_even_traced_but_in_a_process_with_an_nvidia_gpu(monkeypatch):
+  def refuse(*_):
+    raise NotImplementedError("Not supported on cpu.")
+
+  monkeypatch.setattr(kernels, "has_tokamax", lambda: True)
+  monkeypatch.setattr(kernels, "_tokamax", refuse)
+  rows, matrices, _ = inputs(24)
+  sizes = jnp.asarray(spread("random", 24), jnp.int32)
+  grouped_matmul(rows, matrices, sizes)
+  for here, kind in (("cuda", "tokamax"), ("rocm", "blockwise"), ("cpu", "blockwise")):
+    monkeypatch.setattr(kernels, "this_platform", lambda here=here: here)
+    assert automatic("cuda", matrices.shape) == kind
 
 
 def test_groups_under_vmap_and_grad_keep_apart():

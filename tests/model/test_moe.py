@@ -9,7 +9,10 @@ import pytest
 import reference
 from tiny import packed_batch, tiny_arrays, tiny_config, tiny_model
 
-from maxllama4.model.moe import route
+from maxllama4.kernels import grouped_matmul
+from maxllama4.kernels.choice import Choice
+from maxllama4.model import moe as model_moe
+from maxllama4.model.moe import expert_kernels, route
 from maxllama4.model.weights import ModelTemplate
 
 LAYER = 1  # of tiny_config(): the one with experts
@@ -139,3 +142,12 @@ def test_a_dense_layer_is_swiglu():
   weights = [np.asarray(w.get_value(), np.float64) for w in (mlp.gate, mlp.up, mlp.down)]
   expected = reference.gated_mlp(np.asarray(x, np.float64), *weights)
   np.testing.assert_allclose(mlp(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("gpu", "product"), [("cuda", "tokamax"), ("rocm", "blockwise")])
+def test_a_run_says_the_products_that_its_gpus_get(gpu, product, monkeypatch):
+  monkeypatch.setattr(grouped_matmul, "has_tokamax", lambda: True)
+  monkeypatch.setattr(model_moe, "current_platform", lambda: "gpu")
+  for module in (grouped_matmul, model_moe):
+    monkeypatch.setattr(module, "this_platform", lambda: gpu)
+  assert expert_kernels(tiny_config(), Choice()) == {"grouped_matmul": product}
