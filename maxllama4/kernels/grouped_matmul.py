@@ -24,6 +24,7 @@ FEW_ROWS = 32
 
 # Kinds that do not run everywhere, with the platforms that they run on.
 PLATFORMS = {"megablox": ("tpu",), "tokamax": ("tpu", "gpu")}
+MEGABLOX_DTYPES = ("bfloat16", "float32")
 
 
 def grouped_matmul(
@@ -41,16 +42,17 @@ def grouped_matmul(
   if kind != "auto":
     return _product_by(kind, transposed)(rows, matrices, sizes)
   by_platform = {
-    platform: _product_by(automatic(platform, matrices.shape), transposed)
+    platform: _product_by(automatic(platform, matrices.shape, rows.dtype.name), transposed)
     for platform in ("cpu", "tpu", "cuda", "rocm")
   }
   return jax.lax.platform_dependent(rows, matrices, sizes, **by_platform)
 
 
-def automatic(platform: str, shape: tuple[int, int, int]) -> str:
+def automatic(platform: str, shape: tuple[int, int, int], dtype: str) -> str:
   """The kind that `auto` stands for, for matrices [E, D, F] of `shape`; reasons in docs/decisions/0009."""
   if platform == "tpu":
-    return "megablox" if all(size % LANES == 0 for size in shape[1:]) else "ragged_dot"
+    fits = dtype in MEGABLOX_DTYPES and all(size % LANES == 0 for size in shape[1:])
+    return "megablox" if fits else "ragged_dot"
   # Traced where there is no such GPU, be it for a branch that is never taken, tokamax raises.
   is_met = platform == "cuda" and has_tokamax() and this_platform() == "cuda"
   return "tokamax" if is_met else "blockwise"

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from maxllama4.config import ModelConfig, require
 from maxllama4.kernels.choice import Choice, current_choice, use_kernels
 from maxllama4.kernels.grouped_matmul import (
+  MEGABLOX_DTYPES,
   PLATFORMS,
   automatic,
   grouped_matmul,
@@ -138,7 +139,7 @@ class RoutedAndSharedMoE(nnx.Module):
     scores = scores.astype(x.dtype)
     gate_up, down = self.gate_up.get_value(), self.down.get_value()
     context = current_mesh()
-    _check_products()
+    _check_products(x.dtype.name)
     if context is None:
       routed = route(x, experts, scores, gate_up, down)
     else:
@@ -247,23 +248,28 @@ def expert_kernels(config: ModelConfig, choice: Choice) -> dict[str, str]:
     return {}
   context, platform = current_mesh(), current_platform() or jax.default_backend()
   with use_kernels(choice):
-    _check_products()
+    _check_products(config.dtype)
     exchange = None if context is None else _exchange(context)
   features = config.intermediate_size // (1 if context is None else context.size("ffn"))
   shape = (config.num_local_experts, config.hidden_size, features)
   product = choice.grouped_matmul
   if product == "auto":
-    product = automatic(this_platform() if platform == "gpu" else platform, shape)
+    product = automatic(this_platform() if platform == "gpu" else platform, shape, config.dtype)
   return {"grouped_matmul": product} | ({"experts_dispatch": exchange.kind} if exchange else {})
 
 
-def _check_products() -> None:
-  """Raises: ConfigError when the products that are asked for do not run here."""
+def _check_products(dtype: str) -> None:
+  """Raises: ConfigError when the products that are asked for do not run here, or not in `dtype`."""
   kind, platform = current_choice().grouped_matmul, current_platform() or jax.default_backend()
   platforms = PLATFORMS.get(kind, (platform,))
   require(
     platform in platforms,
     f"kernels.grouped_matmul={kind} runs on {' and '.join(platforms)} alone, and these devices are {platform}; set"
+    " kernels.grouped_matmul=auto.",
+  )
+  require(
+    kind != "megablox" or dtype in MEGABLOX_DTYPES,
+    f"kernels.grouped_matmul=megablox multiplies {' and '.join(MEGABLOX_DTYPES)} alone, and dtype={dtype}; set"
     " kernels.grouped_matmul=auto.",
   )
   require(

@@ -46,8 +46,14 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """The chain that turns gradients of the trainable arrays into updates.
 
-  Raises: ConfigError when `config.eps` is 0 in the dtype of weights and optimizer state: updates would be NaN.
+  Raises: ConfigError when the model computes in float16, or `config.eps` is 0 in the dtype of weights and optimizer
+  state: updates would be NaN.
   """
+  require(
+    template.config.dtype != "float16",
+    "dtype=float16 is for inference: no loss is scaled, so in training gradients below 6e-8 would become 0; set dtype to"
+    " bfloat16 or float32.",
+  )
   dtype = "float32" if config.state_dtype else template.config.param_dtype  # of the update
   require(
     np.array(config.eps).astype(jnp.dtype(dtype)) > 0,

@@ -274,6 +274,7 @@ CONTRADICTIONS = [
   ("distributed.num_processes=0", ["distributed.num_processes=0"]),
   ("optimizer.embedding_learning_rate=1", ["optimizer.embedding_learning_rate=1.0", "optimizer.name=adamw"]),
   ("optimizer.state_dtype=bfloat16 optimizer.b2=0.999", ["optimizer.b2=0.999", "optimizer.state_dtype=bfloat16"]),
+  ("dtype=float16", ["dtype=float16 is for inference", "set dtype to bfloat16 or float32"]),
   ("param_dtype=float16", ["optimizer.eps=1e-08 is 0 in param_dtype=float16"]),
   ("training.frozen=[vision]", ["training.frozen=vision is no part", "decoder, embed, head, norm"]),
   ("training.frozen=[embed, '']", ["training.frozen= is no part"]),

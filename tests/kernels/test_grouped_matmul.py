@@ -153,9 +153,18 @@ def test_tiles_of_rows_are_small_beside_a_group_and_all_tiles_fit_into_fast_memo
 
 
 def test_what_is_taken_where_nothing_is_said():
-  assert automatic("tpu", (16, 5120, 16384)) == "megablox"
-  assert automatic("tpu", (4, 16, 8)) == "ragged_dot"  # smaller than the tiles of a kernel
-  assert {automatic(platform, (16, 5120, 16384)) for platform in ("cpu", "rocm")} == {"blockwise"}
+  large = (16, 5120, 16384)
+  assert automatic("tpu", large, "bfloat16") == "megablox"
+  assert automatic("tpu", large, "float16") == "ragged_dot"  # not among the kernel's dtypes
+  assert automatic("tpu", (4, 16, 8), "bfloat16") == "ragged_dot"  # smaller than its tiles
+  assert {automatic(platform, large, "bfloat16") for platform in ("cpu", "rocm")} == {"blockwise"}
+
+
+def test_float16_is_multiplied_where_the_widths_are_those_of_a_kernel_that_refuses_it():
+  shapes = ((24, LANES), (E, LANES, LANES))
+  arrays = [jax.ShapeDtypeStruct(shape, jnp.float16) for shape in shapes]
+  product = jax.eval_shape(grouped_matmul, *arrays, jax.ShapeDtypeStruct((E,), jnp.int32))
+  assert (product.shape, product.dtype) == ((24, LANES), jnp.float16)
 
 
 def test_tokamax_is_not_even_traced_but_in_a_process_with_an_nvidia_gpu(monkeypatch):
@@ -169,7 +178,7 @@ def test_tokamax_is_not_even_traced_but_in_a_process_with_an_nvidia_gpu(monkeypa
   grouped_matmul(rows, matrices, sizes)
   for here, kind in (("cuda", "tokamax"), ("rocm", "blockwise"), ("cpu", "blockwise")):
     monkeypatch.setattr(kernels, "this_platform", lambda here=here: here)
-    assert automatic("cuda", matrices.shape) == kind
+    assert automatic("cuda", matrices.shape, "float32") == kind
 
 
 def test_groups_under_vmap_and_grad_keep_apart():

@@ -14,9 +14,11 @@ from maxllama4.config import ConfigError, MeshConfig
 from maxllama4.kernels.choice import Choice, use_kernels
 from maxllama4.mesh import build_mesh
 from maxllama4.model import dispatch
+from maxllama4.model import moe as model_moe
 from maxllama4.model.moe import (
   _route_on_mesh,
   drop_beyond_capacity,
+  expert_kernels,
   route,
 )
 from maxllama4.sharding import MeshContext, gather_embed
@@ -147,6 +149,14 @@ def test_products_that_these_devices_do_not_have_are_refused(kind):
   with use_kernels(Choice(grouped_matmul=kind)), pytest.raises(ConfigError) as error:
     model(jnp.ones((1, 4, 16)), jnp.ones((1, 4), bool))
   assert f"kernels.grouped_matmul={kind}" in str(error.value)
+
+
+def test_megablox_is_refused_for_a_dtype_that_it_does_not_multiply(monkeypatch):
+  monkeypatch.setattr(model_moe, "current_platform", lambda: "tpu")
+  with pytest.raises(ConfigError, match=r"grouped_matmul=megablox .* dtype=float16; set"):
+    expert_kernels(tiny_config(dtype="float16"), Choice(grouped_matmul="megablox"))
+  kinds = expert_kernels(tiny_config(dtype="bfloat16"), Choice(grouped_matmul="megablox"))
+  assert kinds == {"grouped_matmul": "megablox"}
 
 
 def test_weights_are_gathered_twice_and_their_gradients_scattered_once_all_in_the_dtype_of_tokens():
