@@ -55,7 +55,6 @@ DEFAULT_RULES = {
   "kv_heads": "tensor",
   "ffn": "tensor",
   "experts": "expert",
-  "layers": None,
 }
 LOGICAL_AXES = tuple(DEFAULT_RULES)
 # The dimension of a weight along which it is gathered for each product.
@@ -64,7 +63,7 @@ EMBED_AXES = ("embed", "expert_embed")
 _ARRAYS = (
   ("batch", "length", "heads"),
   ("batch", "length", "ffn"),
-  ("batch", "kv_heads"),
+  ("batch", "length", "kv_heads"),
   ("vocab", "embed"),
   ("embed", "heads"),
   ("embed", "kv_heads"),

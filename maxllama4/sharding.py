@@ -227,9 +227,9 @@ def ones(size: int, config: ModelConfig) -> nnx.Param:
 
 
 def variable_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
-  """Logical axes of a variable's value; a stack of layers carries `layers` in front."""
+  """Logical axes of a variable's value; a stack of layers has one more dimension in front, which is never split."""
   axes = tuple(variable.get_metadata("logical_axes"))
-  return ("layers",) * (variable.get_value().ndim - len(axes)) + axes
+  return (None,) * (variable.get_value().ndim - len(axes)) + axes
 
 
 def state_shardings(state: Any, context: MeshContext) -> Any:

@@ -288,6 +288,8 @@ CONTRADICTIONS = [
   ("mesh.context=5", ["training.sequence_length=32", "mesh.context=5"]),
   ("mesh.tensor=2 model.vocab_size=401", ["model.vocab_size=401", "mesh.tensor=2"]),
   ("mesh.rules.experts=[expert, data]", ["mesh.rules.experts=", "one of"]),
+  ("mesh.rules.layers=fsdp", ["mesh.rules: the logical axis=layers is not one of"]),
+  ("mesh.rules={embed: fsdp, kv_heads: context}", ["batch and length and kv_heads, which meet", "context"]),
   ("mesh.rules.embed=tensor", ["mesh.rules", "embed", "tensor"]),
 ]  # fmt: skip
 
