@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import operator
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -444,20 +445,13 @@ def check_mesh_divides(config: Config, sizes: dict[str, int]) -> None:
 
   Raises: ConfigError naming the dimension, the mesh axes and both numbers.
   """
-  training, kinds = config.training, config.model.layer_kinds
+  training = config.training
   microbatch = training.batch_size // training.gradient_accumulation
   dimensions = [
     ("batch", "training.batch_size / training.gradient_accumulation", microbatch),
     ("length", "training.sequence_length", training.sequence_length),
+    *model_dimensions(config.model),
   ]
-  fields = ["embed hidden_size", "expert_embed hidden_size", "vocab vocab_size"]
-  fields += ["heads num_attention_heads", "kv_heads num_key_value_heads"]
-  if any(kind.is_moe for kind in kinds):
-    fields += ["experts num_local_experts", "ffn intermediate_size"]
-  if not all(kind.is_moe for kind in kinds):
-    fields += ["ffn intermediate_size_mlp"]
-  for logical, name in map(str.split, fields):
-    dimensions.append((logical, f"model.{name}", getattr(config.model, name)))
   for logical, path, size in dimensions:
     axes = config.mesh.axes_of(logical)
     parts = math.prod(sizes[axis] for axis in axes)
@@ -467,6 +461,26 @@ def check_mesh_divides(config: Config, sizes: dict[str, int]) -> None:
       + " x ".join(_spelt(config.mesh, axis, sizes[axis]) for axis in axes)
       + "); change one of them.",
     )
+
+
+def model_dimensions(model: ModelConfig) -> list[tuple[str, str, int]]:
+  """Logical axis, setting and size of every dimension of the model's arrays that has a logical axis."""
+  kinds = model.layer_kinds
+  fields = ["embed hidden_size", "vocab vocab_size"]
+  fields += ["heads num_attention_heads", "kv_heads num_key_value_heads"]
+  if any(kind.is_moe for kind in kinds):
+    fields += ["experts num_local_experts", "expert_embed hidden_size", "ffn intermediate_size"]
+  if not all(kind.is_moe for kind in kinds):
+    fields += ["ffn intermediate_size_mlp"]
+  if model.vision_config is not None:
+    fields += ["embed vision_config.hidden_size", "heads vision_config.num_attention_heads"]
+    fields += ["embed vision_config.intermediate_size", "ffn vision_config.intermediate_size"]
+    fields += ["embed vision_config.projector_input_dim", "ffn vision_config.projector_input_dim"]
+    fields += ["embed vision_config.projector_output_dim"]
+  return [
+    (logical, f"model.{name}", operator.attrgetter(name)(model))
+    for logical, name in map(str.split, fields)
+  ]
 
 
 def _spelt(mesh: MeshConfig, axis: str, size: int) -> str:

@@ -7,9 +7,9 @@ import re
 import jax
 import numpy as np
 import pytest
-from tiny import packed_batch, tiny_arrays, tiny_config, tiny_run
+from tiny import packed_batch, tiny_arrays, tiny_config, tiny_run, tiny_vision_config
 
-from maxllama4.config import MESH_AXES, ConfigError, DataConfig, MeshConfig
+from maxllama4.config import MESH_AXES, ConfigError, DataConfig, MeshConfig, model_dimensions
 from maxllama4.mesh import build_mesh
 from maxllama4.model.weights import ModelTemplate
 from maxllama4.sharding import MeshContext, use_mesh
@@ -97,6 +97,37 @@ def test_a_dimension_that_the_mesh_cannot_split_is_an_error_with_both_numbers(
   with pytest.raises(ConfigError) as error:
     tiny_run(model, mesh=MeshConfig(**{"fsdp": 1} | sizes), sequence_length=8)
   assert all(number in str(error.value) for number in numbers)
+
+
+@pytest.mark.parametrize(
+  ("axis", "size", "changes"),
+  [
+    ("fsdp", 16, {"hidden_size": 24, "intermediate_size": 96}),
+    ("fsdp", 8, {"projector_output_dim": 12, "vision_output_dim": 12}),
+    ("tensor", 2, {"num_attention_heads": 1}),
+    ("tensor", 2, {"projector_input_dim": 11}),
+  ],
+)
+def test_so_is_one_of_the_vision_tower(axis, size, changes):
+  sides = dict.fromkeys(("projector_input_dim", "projector_output_dim", "vision_output_dim"), 16)
+  vision = tiny_vision_config(**sides | changes).vision_config
+  model = dataclasses.replace(MODEL, vision_config=vision, image_token_index=9)
+  mesh = MeshConfig(**{"fsdp": 1} | {axis: size})
+  name, value = next(iter(changes.items()))
+  with pytest.raises(ConfigError, match=rf"vision_config.{name}={value} .*mesh.{axis}={size}"):
+    tiny_run(model, mesh=mesh, batch_size=size, sequence_length=8)
+
+
+@pytest.mark.parametrize("model", [MODEL, tiny_config(num_hidden_layers=5), tiny_vision_config()])
+def test_every_dimension_that_a_rule_can_split_is_one_of_those_checked(model):
+  template = ModelTemplate(model)
+  found = {
+    (axis, size)
+    for path, array in template.shapes.items()
+    for axis, size in zip(template.axes[path], array.shape, strict=True)
+    if axis is not None
+  }
+  assert found == {(axis, size) for axis, _, size in model_dimensions(model)}
 
 
 def test_an_axis_that_takes_what_is_left_is_checked_too_once_the_devices_are_counted():
