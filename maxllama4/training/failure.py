@@ -16,6 +16,7 @@ from maxllama4.checkpoint.store import CheckpointStore
 from maxllama4.config import Config, ConfigError, load_config, require
 from maxllama4.data.packing import ROW_DTYPES
 from maxllama4.files import naming, write_whole
+from maxllama4.kernels.choice import use_kernels
 from maxllama4.mesh import build_mesh
 from maxllama4.model.weights import Arrays, ModelTemplate
 from maxllama4.sharding import MeshContext, use_mesh
@@ -25,7 +26,13 @@ from maxllama4.training.optimizer import make_optimizer
 from maxllama4.training.run_dir import compilation_cache_of
 from maxllama4.training.state import abstract_state, split_trainable
 from maxllama4.training.statistics import debug_metrics
-from maxllama4.training.step import Batch, batch_gradients, batch_totals, microbatches_of
+from maxllama4.training.step import (
+  Batch,
+  batch_gradients,
+  batch_totals,
+  kernel_choice,
+  microbatches_of,
+)
 
 FAILURES = "failures"
 FAILURE_FILE = "failure.json"
@@ -39,6 +46,7 @@ class TrainingFailure(RuntimeError):
 def make_diagnosis(config: Config, template: ModelTemplate, context: MeshContext):
   """A function of weights and batch: loss, gradient norm, and the statistics of every layer, for this very step."""
 
+  @use_kernels(kernel_choice(config))
   def diagnose(arrays: Arrays, batch: Batch) -> dict[str, jax.Array]:
     params, fixed = split_trainable(arrays, template)
     totals = batch_totals(batch)

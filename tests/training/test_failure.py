@@ -4,15 +4,32 @@ import dataclasses
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
-from tiny import tiny_config, tiny_run
+from tiny import packed_batch, tiny_arrays, tiny_config, tiny_run
 
 from maxllama4.cli import main
-from maxllama4.config import CheckpointConfig, DataConfig, OptimizerConfig, ProfileConfig
+from maxllama4.config import (
+  CheckpointConfig,
+  DataConfig,
+  KernelsConfig,
+  OptimizerConfig,
+  ProfileConfig,
+)
 from maxllama4.data.loader import encode_document, make_loader, prepare_tokenizer
 from maxllama4.data.sources import open_documents
-from maxllama4.training.failure import TrainingFailure, first_bad_layer, read_batch
+from maxllama4.mesh import build_mesh
+from maxllama4.model import moe
+from maxllama4.model.moe import drop_beyond_capacity
+from maxllama4.model.weights import ModelTemplate
+from maxllama4.sharding import use_mesh
+from maxllama4.training.failure import (
+  TrainingFailure,
+  first_bad_layer,
+  make_diagnosis,
+  read_batch,
+)
 from maxllama4.training.loop import train
 
 MODEL = tiny_config(vocab_size=300)
@@ -95,6 +112,23 @@ def test_replay_gives_the_same_numbers_and_names_the_layer(failed, capsys):
   assert main(["replay", str(folder)]) == 0
   printed = capsys.readouterr().out
   assert "from the loss backwards, with gradients that are not finite" in printed
+
+
+def test_the_diagnosis_of_a_step_drops_the_tokens_that_the_step_drops(monkeypatch):
+  """Traced only: in the pass with gradients, and in the one that looks at activations."""
+  factors = []
+
+  def drop(experts, num_experts, factor):
+    factors.append(factor)
+    return drop_beyond_capacity(experts, num_experts, factor)
+
+  monkeypatch.setattr(moe, "drop_beyond_capacity", drop)
+  model = tiny_config(num_hidden_layers=1, interleave_moe_layer_step=1)
+  config = tiny_run(model, kernels=KernelsConfig(expert_capacity_factor=0.5))
+  with use_mesh(build_mesh(config, jax.devices()[:1]), config.mesh) as context:
+    diagnose = make_diagnosis(config, ModelTemplate(model), context)
+    diagnose.trace(tiny_arrays(model), packed_batch(8, 10))
+  assert factors == [0.5, 0.5]
 
 
 def test_the_layer_where_numbers_first_went_wrong_is_found_forwards_then_backwards():
