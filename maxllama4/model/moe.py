@@ -288,8 +288,8 @@ def _exchange(context: MeshContext) -> Exchange | None:
   axes = context.axes_of("experts")
   spread = parts > 1 and axes[0] in context.axes_of("batch")
   require(
-    kind != "ragged_all_to_all" or spread or parts == 1,
-    "kernels.experts_dispatch=ragged_all_to_all sends tokens along the mesh axis that splits the experts, but"
+    kind == "auto" or spread or parts == 1,
+    f"kernels.experts_dispatch={kind} moves tokens along the mesh axis that splits the experts, but"
     f" mesh.rules.batch={list(context.axes_of('batch'))} splits no tokens over {', '.join(axes)}; add it there, or set"
     " kernels.experts_dispatch=auto.",
   )

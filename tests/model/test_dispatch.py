@@ -92,7 +92,10 @@ def on_mesh(mesh: str, kind: str):
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize(
   ("mesh", "kind"),
-  [(mesh, "ring") for mesh in MESHES] + [(mesh, "ragged_all_to_all") for mesh in list(MESHES)[:2]],
+  [
+    *((mesh, "auto" if mesh == "tokens not split" else "ring") for mesh in MESHES),
+    *((mesh, "ragged_all_to_all") for mesh in list(MESHES)[:2]),
+  ],
 )
 def test_values_and_gradients_are_those_of_one_device(mesh, kind, spread):
   found = on_mesh(mesh, kind)(choices_of(spread), *arrays())
@@ -109,15 +112,13 @@ def test_a_block_holds_a_quarter_more_than_an_even_share_and_never_more_than_all
   assert dispatch.Exchange("expert", 4, "alike").block(8192) == 2560
 
 
-def test_sending_to_addresses_is_refused_where_devices_have_the_same_tokens():
+@pytest.mark.parametrize("kind", ["ring", "ragged_all_to_all"])
+def test_moving_tokens_is_refused_where_devices_have_the_same(kind):
   rules = MeshConfig(**MESHES["tokens not split"])
   context = MeshContext(build_mesh(tiny_run(tiny_config(), mesh=rules)), rules)
-  with (
-    use_kernels(Choice(experts_dispatch="ragged_all_to_all")),
-    pytest.raises(ConfigError) as error,
-  ):
+  with use_kernels(Choice(experts_dispatch=kind)), pytest.raises(ConfigError) as error:
     _route_on_mesh(context, *arrays()[:1], choices_of("random"), *arrays()[1:4])
-  assert "kernels.experts_dispatch=ragged_all_to_all" in str(error.value)
+  assert f"kernels.experts_dispatch={kind} moves tokens" in str(error.value)
 
 
 def test_an_expert_takes_its_capacity_of_a_row_first_come_first_served_and_no_padding():
