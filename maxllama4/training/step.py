@@ -235,6 +235,8 @@ def router_metrics(
     return {}
   num_experts, choices = config.model.num_local_experts, config.model.num_experts_per_tok
   load = statistics.load  # layers with experts, E
+  # Whole numbers: in float32 a difference of sums beyond 2^24 would be off.
+  dropped = tokens * choices - load.astype(jnp.int32).sum(-1)
   rows = jnp.maximum(load.sum(-1, keepdims=True), 1)
   share = load / rows
   relative = share * num_experts  # 1 where even
@@ -254,6 +256,6 @@ def router_metrics(
     "moe/dead_experts": by_layer["dead_experts"].sum(),
     "moe/router_z_loss": statistics.z.mean() / tokens,
     "moe/load_by_layer": relative,
-    "moe/dropped_tokens": tokens * choices * load.shape[0] - load.sum(),
+    "moe/dropped_tokens": dropped.astype(jnp.float32).sum(),
     **{f"moe/{name}_by_layer": value for name, value in by_layer.items()},
   }

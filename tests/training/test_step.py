@@ -181,7 +181,7 @@ def test_biases_of_scanned_and_of_left_over_layers_move_by_their_own_layers_load
 def test_load_metrics_name_the_busiest_and_idlest_expert_of_each_layer():
   model = tiny_config(interleave_moe_layer_step=1)
   load = [[4, 4, 4, 4], [8, 0, 6, 2]]
-  metrics = router_metrics(tiny_run(model), statistics_of(load), jnp.float32(16))
+  metrics = router_metrics(tiny_run(model), statistics_of(load), jnp.int32(16))
   shares = np.array([0.5, 0.375, 0.125])
   entropy = -(shares * np.log(shares)).sum() / np.log(4)
   expected = {
@@ -202,6 +202,16 @@ def test_load_metrics_name_the_busiest_and_idlest_expert_of_each_layer():
   assert set(metrics) == set(expected)
   for name, value in expected.items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_a_few_dropped_tokens_of_a_large_batch_are_counted_exactly():
+  tokens = 2**25 + 2
+  load = np.full((3, 4), 2**23, np.float32)  # of each layer two are dropped
+  metrics = router_metrics(tiny_run(), statistics_of(load), jnp.int32(tokens))
+  assert metrics["moe/dropped_tokens"] == 6
+  load[1, 2:] += (1, 1)
+  metrics = router_metrics(tiny_run(), statistics_of(load), jnp.int32(tokens))
+  assert metrics["moe/dropped_tokens"] == 4
 
 
 def test_a_step_compiles_once_lowers_the_loss_and_gives_its_buffers_to_the_next():
