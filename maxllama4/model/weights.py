@@ -30,24 +30,29 @@ def is_stacked(path: str) -> bool:
   return path.startswith(("decoder/cycles/", "vision/encoder/layers/"))
 
 
+def is_inside(path: str, parts: Sequence[str]) -> bool:
+  """Whether the array at `path` is in one of `parts`, each the start of a path."""
+  return path.startswith(tuple(f"{part}/" for part in parts))
+
+
 class ModelTemplate:
   """The structure of a `Llama4ForCausalLM` of `config`; holds no weights and touches no device.
 
-  `frozen` names parts, by the start of their paths, that gradients do not move. Raises: ConfigError when the model has
+  `frozen` names parts, by the start of their paths, that training does not move. Raises: ConfigError when the model has
   no such part, or no other.
   """
 
   def __init__(self, config: ModelConfig, frozen: Sequence[str] = ()):
     self.config = config
-    self._frozen = tuple(f"{part}/" for part in frozen)
+    self._frozen = tuple(frozen)
     model = nnx.eval_shape(lambda: Llama4ForCausalLM(config, rngs=nnx.Rngs(0)))
     self._graph, state = nnx.split(model)
     self._variables = {path: variable for path, variable in nnx.to_flat_state(state)}
     parts = sorted({_name(path[:1]) for path in self._variables})
-    for part in self._frozen:
+    for part in frozen:
       require(
-        any(_name(path).startswith(part) for path in self._variables),
-        f"training.frozen={part[:-1]} is no part of the model; its parts are {', '.join(parts)}.",
+        any(is_inside(_name(path), [part]) for path in self._variables),
+        f"training.frozen={part} is no part of the model; its parts are {', '.join(parts)}.",
       )
     require(
       not frozen or len(self.trainable) > 0,
@@ -71,7 +76,7 @@ class ModelTemplate:
   def trainable(self) -> frozenset[str]:
     """Paths of the arrays that gradients move."""
     params = (_name(path) for path, v in self._variables.items() if isinstance(v, nnx.Param))
-    return frozenset(path for path in params if not path.startswith(self._frozen))
+    return frozenset(path for path in params if not is_inside(path, self._frozen))
 
   def model(self, arrays: Arrays) -> Llama4ForCausalLM:
     """The model with these weights."""

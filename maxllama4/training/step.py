@@ -11,7 +11,7 @@ from maxllama4.config import Config
 from maxllama4.kernels.choice import Choice, use_kernels
 from maxllama4.model.attention import Sequences
 from maxllama4.model.moe import RouterStatistics
-from maxllama4.model.weights import Arrays, ModelTemplate, layer_place
+from maxllama4.model.weights import Arrays, ModelTemplate, is_inside, layer_place
 from maxllama4.sharding import MeshContext, constrain
 from maxllama4.training.health import FINE, judge
 from maxllama4.training.loss import cross_entropy_sums
@@ -221,6 +221,8 @@ def move_router_biases(
   for row, layer in enumerate(moe_layers):
     prefix, index = layer_place(config.model, layer)
     path = f"{prefix}/feed_forward/router/bias"
+    if is_inside(path, config.training.frozen):
+      continue
     place = () if index is None else (index,)
     moved = biases[path][place] + moves[row]
     biases[path] = biases[path].at[place].set(moved - moved.mean())

@@ -176,6 +176,10 @@ def test_biases_of_scanned_and_of_left_over_layers_move_by_their_own_layers_load
   scanned, rest = moved.values()
   np.testing.assert_allclose(scanned, signs[:2])
   np.testing.assert_allclose(rest, signs[2])
+  frozen = tiny_run(model, router_bias_update_rate=1.0, frozen=("decoder/cycles",))
+  scanned, rest = move_router_biases(frozen, biases, statistics_of(load)).values()
+  assert not np.any(scanned)
+  np.testing.assert_allclose(rest, signs[2])
 
 
 def test_load_metrics_name_the_busiest_and_idlest_expert_of_each_layer():
