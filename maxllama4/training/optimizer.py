@@ -16,12 +16,12 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
   """Learning rate by step (from 0): linear warm-up from 0, then `config.schedule` down to its last value at `steps`."""
   peak, warmup = config.learning_rate, config.warmup_steps
   last, rest = peak * config.final_fraction, max(1, steps - config.warmup_steps)
-  decay_steps = max(1, round(config.decay_fraction * steps))
+  decay_steps = min(rest, max(1, round(config.decay_fraction * steps)))
   after = {
     "constant": lambda: optax.constant_schedule(peak),
     "linear": lambda: optax.linear_schedule(peak, last, rest),
     "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.final_fraction),
-    "wsd": lambda: optax.linear_schedule(peak, last, decay_steps, max(0, rest - decay_steps)),
+    "wsd": lambda: optax.linear_schedule(peak, last, decay_steps, rest - decay_steps),
   }[config.schedule]()
   if warmup == 0:
     return after

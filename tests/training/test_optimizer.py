@@ -28,6 +28,7 @@ MODEL = tiny_config(num_hidden_layers=5)
     ({"schedule": "cosine", "warmup_steps": 20}, {19: 1.0, 20: 1.0, 60: 0.55, 100: 0.1}),
     ({"schedule": "cosine", "final_fraction": 0.0}, {25: (1 + np.sqrt(0.5)) / 2, 100: 0.0}),
     ({"schedule": "wsd", "warmup_steps": 10}, {9: 1.0, 50: 1.0, 80: 1.0, 90: 0.55, 100: 0.1}),
+    ({"schedule": "wsd", "warmup_steps": 90}, {89: 1.0, 90: 1.0, 95: 0.55, 100: 0.1}),
     ({"schedule": "wsd", "decay_fraction": 1.0}, {0: 1.0, 50: 0.55, 100: 0.1}),
     ({"schedule": "linear", "warmup_steps": 1}, {0: 1.0, 1: 1.0, 100: 0.1}),
   ],
