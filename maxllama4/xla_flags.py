@@ -29,7 +29,7 @@ PRESETS: dict[str, Options] = {
 
 def compiler_options(device_kind: str, own: Options) -> Options:
   """What to compile a step with for devices of a kind, as JAX names it: the preset, if it is a TPU, and a run's `own`."""
-  chip = chip_of(device_kind)
-  if chip is None:
+  if not device_kind.startswith("TPU"):
     return {name: value for name, value in own.items() if not name.startswith("xla_tpu_")}
-  return PRESETS[chip.name] | own
+  chip = chip_of(device_kind)
+  return own if chip is None else PRESETS[chip.name] | own
