@@ -230,12 +230,3 @@ def variable_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
   """Logical axes of a variable's value; a stack of layers has one more dimension in front, which is never split."""
   axes = tuple(variable.get_metadata("logical_axes"))
   return (None,) * (variable.get_value().ndim - len(axes)) + axes
-
-
-def state_shardings(state: Any, context: MeshContext) -> Any:
-  """A tree like the NNX state `state` with a `NamedSharding` in place of each value."""
-  return jax.tree.map(
-    lambda variable: variable.replace(context.sharding(variable_axes(variable))),
-    state,
-    is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
-  )

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from tiny import tiny_config, tiny_run
@@ -11,6 +12,7 @@ from maxllama4.config import ConfigError, MeshConfig
 from maxllama4.mesh import build_mesh
 from maxllama4.model.weights import ModelTemplate
 from maxllama4.sharding import MeshContext, constrain, current_mesh, use_mesh
+from maxllama4.training.state import init_state
 
 MODEL = tiny_config(num_hidden_layers=5)
 MIXED = MeshConfig(fsdp=2, expert=2, tensor=2)
@@ -49,8 +51,9 @@ def test_the_table_splits_every_kind_of_weight():
 
 
 def test_fresh_weights_are_made_in_their_parts_and_do_not_depend_on_the_mesh():
-  template, key, context = ModelTemplate(tiny_config()), jax.random.key(0), context_of(MIXED)
-  alone, spread = template.init(key), template.init(key, context)
+  template, context = ModelTemplate(tiny_config()), context_of(MIXED)
+  alone = template.init(jax.random.key(0))
+  spread = init_state(template, optax.identity(), 0, context).model
   for path, array in alone.items():
     assert spread[path].sharding == template.shardings(context)[path]
     np.testing.assert_array_equal(array, spread[path])

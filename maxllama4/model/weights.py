@@ -83,14 +83,14 @@ class ModelTemplate:
     flat = [(path, v.replace(arrays[_name(path)])) for path, v in self._variables.items()]
     return nnx.merge(self._graph, nnx.from_flat_state(flat))
 
-  def init(self, key: jax.Array, context: MeshContext | None = None) -> Arrays:
-    """Fresh weights, made already sharded: no device or host ever holds more than its part."""
+  def init(self, key: jax.Array) -> Arrays:
+    """Fresh weights; those of a run on a mesh are made by training/state.py, already sharded."""
 
+    @jax.jit
     def make(key):
       return arrays_of(Llama4ForCausalLM(self.config, rngs=nnx.Rngs(params=key)))
 
-    shardings = None if context is None else self.shardings(context)
-    return jax.jit(make, out_shardings=shardings)(key)
+    return make(key)
 
   def shardings(self, context: MeshContext) -> dict[str, jax.sharding.NamedSharding]:
     return {name: context.sharding(axes) for name, axes in self.axes.items()}
