@@ -21,16 +21,19 @@ CUDNN_DTYPES = ("bfloat16", "float16")
 CUDNN_HEAD_DIM = 128
 
 
-def choose_kernel(platform: str | None, dtype: str, head_dim: int, length: int) -> str:
+def choose_kernel(platform: str | None, dtype: str, head_dim: int, *lengths: int) -> str:
   """The kernel for devices of a platform. None, not known: plain JAX, which the compiler can split over devices."""
   fast = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "blockwise")
-  return "blockwise" if obstacle(fast, platform, dtype, head_dim, length) else fast
+  return "blockwise" if obstacle(fast, platform, dtype, head_dim, *lengths) else fast
 
 
 def obstacle(
-  kernel: str, platform: str | None, dtype: str, head_dim: int, length: int
+  kernel: str, platform: str | None, dtype: str, head_dim: int, *lengths: int
 ) -> str | None:
-  """Why a kernel cannot run there, as the end of a sentence; None if it can."""
+  """Why a kernel cannot run there, as the end of a sentence; None if it can.
+
+  `lengths` are of all rows of queries or of keys that a device hands to the kernel.
+  """
   for name, wanted in (("splash", "tpu"), ("cudnn", "gpu")):
     if kernel == name and platform != wanted:
       return f"needs devices of the platform {wanted}; they are {platform or 'not known here'}"
@@ -38,8 +41,9 @@ def obstacle(
     return f"needs dtype to be {' or '.join(CUDNN_DTYPES)}; it is {dtype}"
   if kernel == "cudnn" and (head_dim % 8 or head_dim > CUDNN_HEAD_DIM):
     return f"needs model.head_dim to be a multiple of 8 up to {CUDNN_HEAD_DIM}; it is {head_dim}"
-  if kernel == "cudnn" and length % 2:
-    return f"needs rows of an even length; they have {length} tokens"
+  odd = [length for length in lengths if length % 2]
+  if kernel == "cudnn" and odd:
+    return f"needs even numbers of queries and of keys on a device; there are {odd[0]}"
   return None
 
 

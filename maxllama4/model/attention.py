@@ -79,12 +79,18 @@ def run_starts(
   return jax.lax.cummax(jnp.where(first | (segment_ids == 0), index, 0), axis=1)
 
 
-def attention_kernel(choice: str, config: ModelConfig, platform: str | None, length: int) -> str:
-  """The kernel that `kernels.attention=choice` means for rows of `length` tokens on devices of a platform.
+def attention_kernel(
+  choice: str, config: ModelConfig, platform: str | None, length: int, parts: int = 1
+) -> str:
+  """The kernel that `kernels.attention=choice` means for rows of `length` tokens on devices of a platform, each row split
+  over `parts` of them.
 
   Raises: ConfigError when an explicit choice cannot be met.
   """
-  limits = (platform, config.dtype, config.head_dim, length)
+  part, chunk = length // parts, config.attention_chunk_size
+  fetches_chunk = parts > 1 and chunk is not None and chunk <= part  # see `_visible_keys`
+  keys = part + chunk if fetches_chunk else length
+  limits = (platform, config.dtype, config.head_dim, part, keys)
   if choice == "auto":
     return choose_kernel(*limits)
   problem = obstacle(choice, *limits)
@@ -103,13 +109,14 @@ def self_attend(
   config: ModelConfig,
 ) -> Float[Array, "B T N H"]:
   """`attend` of a batch to itself; on a mesh of each device's rows and heads to the keys that they can see."""
-  kernel = attention_kernel(current_choice().attention, config, current_platform(), q.shape[1])
   context = current_mesh()
-  is_split = context is not None and context.size("length") > 1
+  parts = 1 if context is None else context.size("length")
+  choice = current_choice().attention
+  kernel = attention_kernel(choice, config, current_platform(), q.shape[1], parts)
 
   def local(q, k, v, positions, segments):
     keys, offset = (k, v, positions, segments), 0
-    if is_split:
+    if parts > 1:
       keys, offset = _visible_keys(context, keys, chunk_size, sequences.whole_rows)
     k, v, positions, segments = keys
     starts = run_starts(positions, segments, chunk_size)

@@ -125,9 +125,9 @@ class Run:
     self.stop, self.extras = stop, extras
     self.clock = Clock()
     self.stopped = False
-    length = config.training.sequence_length
+    length, parts = config.training.sequence_length, context.size("length")
     platform = context.mesh.devices.flat[0].platform
-    attention = attention_kernel(config.kernels.attention, config.model, platform, length)
+    attention = attention_kernel(config.kernels.attention, config.model, platform, length, parts)
     experts = expert_kernels(config.model, kernel_choice(config))
     self.kernels = {"attention": attention, **experts}
     self.template, self.optimizer = template, optimizer

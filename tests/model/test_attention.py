@@ -232,6 +232,24 @@ def test_a_kernel_that_cannot_run_is_refused_by_name(choice, platform, words):
   assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+  ("length", "parts", "chunk", "kernel"),
+  [
+    (12, 1, 3, "cudnn"),  # rows are whole: chunks are a matter of the mask
+    (12, 4, 4, "blockwise"),  # three queries
+    (12, 2, 3, "blockwise"),  # six queries, and three keys of the part before
+    (12, 2, 7, "cudnn"),  # longer than a part, which gathers all twelve keys
+    (12, 2, None, "cudnn"),
+  ],
+)
+def test_what_counts_for_a_kernel_is_what_a_device_holds_and_fetches(length, parts, chunk, kernel):
+  config = tiny_config(dtype="bfloat16", head_dim=8, attention_chunk_size=chunk)
+  assert attention_kernel("auto", config, "gpu", length, parts) == kernel
+  if kernel != "cudnn":
+    with pytest.raises(ConfigError, match=r"even numbers of queries and of keys .* are [39]\."):
+      attention_kernel("cudnn", config, "gpu", length, parts)
+
+
 def test_scores_and_softmax_are_float32_for_bfloat16_queries():
   """Scores of 256 and 257 are one number in bfloat16; their softmax is not even."""
   q = jnp.full((1, 1, 1, 4), 16.0, jnp.bfloat16)
