@@ -14,6 +14,7 @@ from maxllama4 import ConfigError, load_config, load_model, load_tokenizer
 from maxllama4.config import (
   CheckpointConfig,
   DataConfig,
+  KernelsConfig,
   MeshConfig,
   OptimizerConfig,
   ReportingConfig,
@@ -86,6 +87,30 @@ def test_a_run_on_a_mesh_writes_what_its_model_goes_on_with(config, whole):
   assert [(line["step"], line["prompt"]) for line in lines] == [(3, "ab"), (6, "ab")]
   model, tokenizer = load_model(whole), load_tokenizer(whole)
   assert lines[1]["completion"] == continuations(model, tokenizer, ["ab"], 8)[0]
+
+
+def test_a_run_computes_by_the_kernels_that_it_is_given_and_says_so(tmp_path):
+  chosen = {
+    "attention": "reference",
+    "grouped_matmul": "ragged_dot",
+    "experts_dispatch": "ragged_all_to_all",
+  }
+  config = tiny_run(
+    tiny_config(num_hidden_layers=1, interleave_moe_layer_step=1),
+    run_dir=tmp_path,
+    mesh=MeshConfig(fsdp=4, expert=2),
+    kernels=KernelsConfig(**chosen, expert_capacity_factor=1.0),
+    optimizer=OptimizerConfig(state_memory="host"),
+    checkpoint=CheckpointConfig(every=0),
+    steps=2,
+    log_every=1,
+  )
+  train(config)
+  assert events_of_run(tmp_path)[0]["kernels"] == chosen
+  lines = lines_of(tmp_path)
+  assert list(lines) == [1, 2]
+  # Of 8 rows of 10 tokens; an expert takes at most 3 of each row.
+  assert all(0 < line["moe/dropped_tokens"] < 80 for line in lines.values())
 
 
 def test_every_logged_step_has_the_metrics_that_users_rely_on(config, whole):
