@@ -26,7 +26,7 @@ quickstart: install
 	  prompt="$$(printf '%b' '$(PROMPT)')"
 
 test: install
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --durations=10
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .

@@ -15,5 +15,14 @@ WITH_SHAPES = ("kernels", "model", "checkpoint", "training", "decoding", "shardi
 jaxtyping.install_import_hook([f"maxllama4.{name}" for name in WITH_SHAPES], "shapes.checked")
 
 
+# Files that take minutes; one that begins last would leave all processes but one with nothing to do.
+FIRST = ("crash", "golden", "hosts", "mesh", "loop", "step", "failure", "convert")
+
+
+def pytest_collection_modifyitems(items):
+  order = {f"test_{name}.py": place for place, name in enumerate(FIRST)}
+  items.sort(key=lambda item: order.get(item.path.name, len(FIRST)))
+
+
 def pytest_collection_finish():
   gc.freeze()  # what is imported by now stays: nothing in it to look for again and again

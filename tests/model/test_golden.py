@@ -181,11 +181,14 @@ def test_prefill_and_steps_give_the_references_logits_for_prompts_of_unequal_len
   logits = run(arrays_of(golden.model), tokens, segment_ids, new, pixel_values)
   theirs = np.concatenate([case.arrays[f"gen{i}.step_logits"] for i in case.generations])
   assert np.abs(logits - theirs).max() <= LOGITS
+  np.testing.assert_array_equal(jnp.argmax(logits, -1), new)  # the greedy tokens
   if "gen_left.step_logits" in case.arrays:
     assert np.abs(logits - case.arrays["gen_left.step_logits"]).max() <= LOGITS
 
 
+@pytest.mark.parametrize("golden", ["p02_maverick", "p06_vlm", "p07_padded"], indirect=True)
 def test_generate_finds_the_references_greedy_tokens_and_their_logprobs(golden):
+  """On one case of a kind; that steps give the references' logits is tested on all."""
   case = golden.case
   prompts = [case.arrays[f"gen{i}.prompt"][0].tolist() for i in case.generations]
   count = case.arrays["gen0.tokens"].shape[1]
