@@ -355,12 +355,17 @@ def training_extra(
 
 
 def check_decoding(config: Config, request: PlanRequest, sizes: dict[str, int]) -> None:
-  """Raises: ConfigError where rows do not divide, or the model has fewer positions."""
+  """Raises: ConfigError where rows do not divide or are split themselves, or the model has fewer positions."""
   parts = math.prod(sizes[axis] for axis in config.mesh.axes_of("batch"))
   require(
     request.batch % parts == 0,
     f"batch={request.batch} rows cannot be dealt out over {parts} devices ("
     f"{' x '.join(f'mesh.{axis}' for axis in config.mesh.axes_of('batch'))}); set a multiple of {parts}, or other axes.",
+  )
+  splitting = [axis for axis in config.mesh.axes_of("length") if sizes[axis] > 1]
+  require(
+    not splitting,
+    f"mesh.{'/'.join(splitting)} splits rows, to which decoding adds one token at a time; set it to 1.",
   )
   require(
     request.max_length <= config.model.max_position_embeddings,

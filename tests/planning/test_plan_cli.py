@@ -189,6 +189,7 @@ def test_decoding_is_planned_with_its_caches_for_rows_of_its_own(desk):
     ((V5P, "training.batch_size=60"), "=60 cannot be split evenly into 64 parts"),
     ((V5P, "slices=2"), "slices=2, but the mesh spans 1"),
     ((V5P, "trainin.steps=1"), "trainin"),
+    ((V5P, "target=decode", "batch=64", "mesh.context=4"), "mesh.context splits rows"),
     ((V5P, "target=decode", "batch=5"), "batch=5 rows cannot be dealt out over 64 devices"),
     ((V5P, "target=decode", "batch=64", "prompt_length=9", "max_length=9"), "prompt_length=9 must be below"),
   ],
