@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -32,7 +33,7 @@ FORKS.set_forkserver_preload(["maxllama4.cli", "maxllama4.training.loop"])
 
 def run_train(words, log):
   """train.py in this process, on two devices, into `log` and `log`.err."""
-  os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+  jax.config.update("jax_num_cpu_devices", 2)
   for descriptor, path in ((1, log), (2, f"{log}.err")):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
   sys.argv = ["train.py", *words]

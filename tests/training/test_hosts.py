@@ -32,8 +32,6 @@ STEPS, DEVICES = 24, 8
 LIMIT = 300  # seconds that no process of these tests needs
 # Gloo adds the processes' sums in another order than one process adds its devices'.
 TOLERANCE = 1e-6
-# Compiling takes most of the time, and these programs run for milliseconds.
-FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +81,6 @@ def processes(count, command, config_file, folder, *words, only=None, **variable
     "JAX_PLATFORMS": "cpu",
     "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
     "JAX_NUM_CPU_DEVICES": str(DEVICES // count),
-    "XLA_FLAGS": FLAGS,
     "PYTHONPATH": str(ROOT),
   }
   settings = [f"distributed.coordinator_address=127.0.0.1:{free_port()}"]

@@ -68,7 +68,6 @@ def test_a_model_is_made_in_parts_and_not_whole_on_each_device():
   """2.3 times its size was measured: the parts, and what drawing them takes. Eight devices with a copy each would take 8."""
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
   }
   command = [sys.executable, "-c", PROGRAM]
