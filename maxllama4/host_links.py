@@ -5,6 +5,7 @@ it dies; where a machine or the network goes, TCP's keepalive does so after `SIL
 others, and all of them stop with one sentence, even if their main threads hang in a collective that nobody will finish.
 """
 
+import abc
 import contextlib
 import json
 import os
@@ -64,7 +65,7 @@ class Connection:
     self._socket.close()
 
 
-class Links:
+class Links(abc.ABC):
   """One process's view of the others."""
 
   def __init__(self, process_id: int, num_processes: int):
@@ -77,8 +78,9 @@ class Links:
     if self._leave():
       self._tell(f"process {self.process_id} of {self.num_processes} stopped: {sentence}", code)
 
+  @abc.abstractmethod
   def _tell(self, sentence: str, code: int) -> None:
-    raise NotImplementedError
+    """Sends the others what `report` is given."""
 
   def _leave(self) -> bool:
     """Whether the caller is the first to end this process's part in the run."""

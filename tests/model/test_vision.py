@@ -133,7 +133,9 @@ def test_tiles_do_not_see_each_other_and_recomputation_changes_nothing():
   def gradient(remat):
     return jax.jit(jax.grad(lambda pixels: (tower(pixels, remat) ** 2).sum()))(pixels)
 
-  np.testing.assert_allclose(gradient("none"), gradient("full"), rtol=1e-5, atol=1e-6)
+  gradients = gradient("none")
+  scale = np.abs(gradients).max()  # what float32 rounds to: small elements are sums of large ones
+  np.testing.assert_allclose(gradients, gradient("full"), rtol=1e-5, atol=3e-7 * scale)
 
 
 def test_patch_tokens_of_a_batch_take_the_tiles_vectors_in_order():
